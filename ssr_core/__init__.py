@@ -1,0 +1,71 @@
+"""SSR-Merge without a framework: merge several LoRAs into one that keeps each of them, in closed form.
+
+The method is Subspace Signal Routing (Wei et al., ICML 2026, arXiv 2606.10617). Values flow one way, a file per value:
+
+    Lora: LowRankUpdate by Site  ->  Subspace  ->  SufficientStatistics  ->  router  ->  Merge: LowRankUpdate by Site
+
+| paper         | here                 | shape                           | meaning                                          |
+|---------------|----------------------|---------------------------------|--------------------------------------------------|
+| A_k, A_comb   | `down`               | (r_k, in) or (rank, in, *kernel)| PEFT and ComfyUI disagree on what "A" is         |
+| B_k, B_comb   | `up`                 | (out, r_k)                      | alpha / rank is folded in here                   |
+| z             | `z`                  | (tokens, R)                     | `down @ x`, the signal in the joint subspace     |
+| G_k           | `gram[k]`            | (R, R)                          | sum of z z^T over task k's tokens                |
+| G, Q          | `correlation, guide` | (R, R), (rank, R)               | the normal equations, formed when solving        |
+| R             | `router`             | (rank, R)                       | Q G^-1, regularized                              |
+
+A *task* is one LoRA with its calibration prompt. A *site* is a module and the output rows that a LoRA writes there.
+R = rank + context rows, which belong to no task.
+"""
+
+from .calibration import Calibration
+from .collect import Recording, StatisticsCollector
+from .diagnostics import Report, Residual, SiteReport, residuals
+from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
+from .lora import Lora
+from .low_rank_update import LowRankUpdate, concatenate
+from .merge import Merge, MergeSettings, merge
+from .rank import truncate
+from .router import Ridge, normal_equations, route, solve_router
+from .site import Site, align_rows, join_rows
+from .subspace import Subspace, join_loras
+from .sufficient_statistics import Accumulator, SufficientStatistics
+
+__all__ = [
+    "Accumulator",
+    "Calibration",
+    "Lora",
+    "LoraError",
+    "LowRankUpdate",
+    "Merge",
+    "MergeSettings",
+    "ModelMismatchError",
+    "Recording",
+    "Report",
+    "Residual",
+    "Ridge",
+    "SSRError",
+    "Site",
+    "SiteReport",
+    "SolveError",
+    "StatisticsCollector",
+    "StatisticsError",
+    "Subspace",
+    "SufficientStatistics",
+    "align_rows",
+    "concatenate",
+    "join_loras",
+    "join_rows",
+    "load_lora",
+    "load_statistics",
+    "merge",
+    "normal_equations",
+    "read_pairs",
+    "residuals",
+    "route",
+    "save_lora",
+    "save_statistics",
+    "solve_router",
+    "to_state_dict",
+    "truncate",
+]

@@ -1,0 +1,61 @@
+"""Calibration: the LoRAs, their joint subspaces and all that was measured in them. What a merge is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import StatisticsError
+from .lora import Lora
+from .site import Site
+from .subspace import Subspace
+from .sufficient_statistics import SufficientStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Statistics of K LoRAs. `statistics` has an entry for every site that two or more of them share."""
+
+    loras: tuple[Lora, ...]
+    subspaces: Mapping[Site, Subspace]
+    statistics: Mapping[Site, SufficientStatistics]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(lora.name for lora in self.loras)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """(K,) tokens seen by the busiest site, per task."""
+        return tuple(max((s.tokens[k] for s in self.statistics.values()), default=0) for k in range(len(self.loras)))
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """Both calibrations of the same LoRAs together: more prompts, more steps, or another machine's.
+
+        Raises:
+            StatisticsError: they are of other LoRAs.
+        """
+        if self.subspaces.keys() != other.subspaces.keys():
+            raise StatisticsError(
+                f"These statistics are of other LoRAs ({', '.join(self.names)} and {', '.join(other.names)}); "
+                "only statistics of the same LoRAs in the same order add up."
+            )
+        sums = {site: statistics + other.statistics[site] for site, statistics in self.statistics.items()}
+        return Calibration(self.loras, self.subspaces, sums)
+
+    def without(self, task: int) -> Calibration:
+        """As if LoRA `task` had never been there; the others need no new calibration."""
+        kept = {
+            site: (space.without(task), self.statistics.get(site), space)
+            for site, space in self.subspaces.items()
+            if space.present != (task,)
+        }
+        return Calibration(
+            self.loras[:task] + self.loras[task + 1 :],
+            {site: space for site, (space, _, _) in kept.items()},
+            {
+                site: statistics.without(task, whole)
+                for site, (space, statistics, whole) in kept.items()
+                if statistics is not None and space.is_shared
+            },
+        )

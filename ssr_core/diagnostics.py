@@ -1,0 +1,147 @@
+"""Diagnostics: what a merge keeps of each LoRA, read off the statistics alone, and a report a person can read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .site import Site
+from .subspace import Subspace
+from .sufficient_statistics import SufficientStatistics
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Of one task at one site: sums over its tokens of squared output differences."""
+
+    base: float  # |up_k z_k|^2: the distance from the base model, which is the LoRA's whole effect
+    stack: float  # distance of the plain stack from the LoRA alone
+    merge: float  # distance of the merge from the LoRA alone
+
+
+def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor) -> tuple[Residual, ...]:
+    """(K,) how far base, plain stack and merge are from each LoRA alone, on that LoRA's own tokens.
+
+    Args:
+        scaled: the subspace with each task at its strength.
+        router: (rank, R), as it is in the result: blended and truncated.
+    """
+    energy = (scaled.up.mT.double() @ scaled.up.double()).cpu()  # |up c|^2 = c^T energy c
+    plain = torch.eye(scaled.rank, router.shape[1], dtype=torch.float64)
+    found = []
+    for gram, block in zip(statistics.gram, scaled.blocks, strict=True):
+        alone = torch.zeros_like(plain)
+        alone[block] = plain[block]
+        found.append(Residual(*(_squared(energy, r - alone, gram) for r in (torch.zeros_like(plain), plain, router))))
+    return tuple(found)
+
+
+def _squared(energy: Tensor, difference: Tensor, gram: Tensor) -> float:
+    """sum over tokens |up difference z|^2"""
+    return float((energy * (difference @ gram @ difference.mT)).sum())
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened at one site."""
+
+    site: Site
+    ranks: tuple[int, ...]  # (K,) of the inputs
+    rank: int  # of the result
+    tokens: tuple[int, ...] = ()  # (K,); empty where nothing was measured
+    residuals: tuple[Residual, ...] = ()  # (K,)
+    condition: float = math.nan  # of the correlation matrix with its ridge, scaled to a unit diagonal
+    energy: float = 1.0  # share of the update's effect that truncation kept
+
+    @property
+    def is_shared(self) -> bool:
+        return sum(rank > 0 for rank in self.ranks) > 1
+
+    @property
+    def joint_rank(self) -> int:
+        return sum(self.ranks)
+
+    def error(self, kind: str) -> float:
+        """Relative error over all tasks, `kind` being "stack" or "merge"; 0 = each LoRA alone, 1 = the base model."""
+        return _ratio(self.residuals, kind)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did, site by site. `str(report)` is the summary."""
+
+    names: tuple[str, ...]
+    strengths: tuple[float, ...]
+    sites: tuple[SiteReport, ...]
+    notes: tuple[str, ...] = ()  # lines of the host: parts that were carried, keys that did not match
+
+    def with_notes(self, *notes: str) -> Report:
+        return replace(self, notes=(*self.notes, *notes))
+
+    @property
+    def shared(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.is_shared)
+
+    def error(self, task: int, kind: str = "merge") -> float:
+        """Of one LoRA over all shared sites: 0 = as the LoRA alone, 1 = as if it were not there. "merge" or "stack"."""
+        return _ratio([site.residuals[task] for site in self.shared if site.residuals], kind)
+
+    def worse_than_stack(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.shared if site.error("merge") > site.error("stack"))
+
+    def short_of_tokens(self) -> tuple[SiteReport, ...]:
+        """Sites with fewer tokens than joint rank: the ridge decides there more than the data."""
+        return tuple(site for site in self.shared if sum(site.tokens) < site.joint_rank)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._table(), *self._remarks(), *self.notes])
+
+    def _table(self) -> list[str]:
+        width = max(4, *(len(name) for name in self.names))
+        lines = [
+            f"{len(self.names)} LoRAs, {len(self.sites)} sites, {len(self.shared)} of them shared by two or more",
+            f"{'LoRA':<{width}}  strength   tokens  plain stack  this merge",
+        ]
+        for task, (name, strength) in enumerate(zip(self.names, self.strengths, strict=True)):
+            tokens = max((site.tokens[task] for site in self.shared if site.tokens), default=0)
+            errors = "".join(f"{_figure(self.error(task, kind)):>13}" for kind in ("stack", "merge"))
+            lines.append(f"{name:<{width}}  {strength:>8.2f} {tokens:>8}{errors}")
+        lines.append("Error on the calibration tokens: 0 = the LoRA alone, 1 = as if it were not there.")
+        return lines
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        if unseen := [site for site in self.shared if sum(site.tokens) == 0]:
+            remarks.append(f"{_count(unseen)} saw no token and got the mean of the LoRAs: {_some(unseen)}.")
+        if short := [site for site in self.short_of_tokens() if sum(site.tokens)]:
+            remarks.append(
+                f"{_count(short)} saw fewer tokens than their joint rank, so the ridge decides there more than the data: "
+                f"{_some(short)}. More steps or prompts help."
+            )
+        if worse := self.worse_than_stack():
+            remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
+        kept = [site.energy for site in self.sites if site.energy < 1]
+        if kept:
+            remarks.append(f"Truncation kept {100 * sum(kept) / len(kept):.1f} % of the effect on average, at least {100 * min(kept):.1f} %.")
+        return remarks
+
+
+def _ratio(residuals_: Sequence[Residual], kind: str) -> float:
+    base = sum(r.base for r in residuals_)
+    return sum(getattr(r, kind) for r in residuals_) / base if base > 0 else math.nan
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _count(sites: Sequence[SiteReport]) -> str:
+    return "1 site" if len(sites) == 1 else f"{len(sites)} sites"
+
+
+def _some(sites: Sequence[SiteReport], most: int = 3) -> str:
+    return ", ".join(str(site.site) for site in sites[:most]) + (", ..." if len(sites) > most else "")

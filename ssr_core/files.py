@@ -1,0 +1,199 @@
+"""Files: LoRAs and statistics as safetensors, read with checks and written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .calibration import Calibration
+from .errors import LoraError, StatisticsError
+from .lora import Lora
+from .low_rank_update import LowRankUpdate
+from .site import Site, Updates, join_rows
+from .subspace import join_loras
+from .sufficient_statistics import SufficientStatistics
+
+_HALVES = (  # down, up: kohya, PEFT, diffusers
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+)
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_")
+
+
+def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
+    """Read a LoRA file whose keys name a model's modules, in kohya's, PEFT's or ComfyUI's generic spelling.
+
+    Raises:
+        LoraError: missing, damaged or no safetensors file; half a pair; adapters that are not plain LoRA.
+    """
+    file = Path(path)
+    tensors, metadata = read_safetensors(file, LoraError)
+    pairs, rest = read_pairs(tensors, file.name)
+    if rest:
+        raise LoraError(
+            f"{file.name} holds tensors that are not plain LoRA, such as {rest[0]!r} ({len(rest)} in all); "
+            "expand LoHa, LoKr or DoRA to plain LoRA first."
+        )
+    if not pairs:
+        raise LoraError(f"{file.name} holds no LoRA: it has no pair of down and up factors.")
+    updates = {Site.whole(_strip(key), update.out_features): update for key, update in pairs.items()}
+    source = {"file": file.name, "sha256": sha256(file), **({"metadata": json.dumps(metadata)} if metadata else {})}
+    return Lora(file.stem, updates, strength, source)
+
+
+def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowRankUpdate], list[str]]:
+    """The plain LoRA pairs of a state dict by key prefix, and the keys that belong to none.
+
+    Raises:
+        LoraError: half a pair, or a damaged one; names `name` and the key.
+    """
+    pairs: dict[str, LowRankUpdate] = {}
+    used: set[str] = set()
+    for key in tensors:
+        for down_end, up_end in _HALVES:
+            own, other = (down_end, up_end) if key.endswith(down_end) else (up_end, down_end)
+            if not key.endswith(own):
+                continue
+            prefix = key.removesuffix(own)
+            if prefix + other not in tensors:
+                raise LoraError(f"{name}: {key} has no other half {prefix + other}; the file is incomplete.")
+            parts = {end: prefix + end for end in (down_end, up_end, ".alpha", ".lora_mid.weight")}
+            used.update(parts.values())
+            if own == down_end:
+                alpha = tensors.get(parts[".alpha"])
+                pairs[prefix] = LowRankUpdate.from_factors(
+                    tensors[parts[down_end]],
+                    tensors[parts[up_end]],
+                    None if alpha is None else float(alpha),
+                    tensors.get(parts[".lora_mid.weight"]),
+                    f"{name}: {prefix}",
+                )
+    return pairs, [key for key in tensors if key not in used]
+
+
+def to_state_dict(updates: Updates, prefix: str = "diffusion_model.", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Updates in the generic spelling that ComfyUI loads for every model: `lora_A`, `lora_B`, alpha = rank.
+
+    Raises:
+        LoraError: `dtype` cannot hold the values.
+    """
+    state: dict[str, Tensor] = {}
+    for module, update in join_rows(updates).items():
+        up = update.up.reshape(*update.up.shape, *(1,) * (update.down.ndim - 2))
+        for end, value in (("lora_A", update.down), ("lora_B", up)):
+            stored = value.to(dtype).contiguous().clone()
+            if not torch.isfinite(stored).all():
+                raise LoraError(f"{prefix}{module}: values do not fit into {dtype}; save as bfloat16 or float32.")
+            state[f"{prefix}{module}.{end}.weight"] = stored
+        state[f"{prefix}{module}.alpha"] = torch.tensor(float(update.rank))
+    return state
+
+
+def save_lora(
+    updates: Updates,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "diffusion_model.",
+) -> None:
+    """Write a merged LoRA. The file appears whole or not at all."""
+    write_safetensors(to_state_dict(updates, prefix, dtype), path, metadata or {})
+
+
+def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> None:
+    """Write what was measured, without the LoRAs themselves: float64, the upper triangles only."""
+    tensors, sites = {}, []
+    for index, (site, statistics) in enumerate(calibration.statistics.items()):
+        rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
+        tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
+        where = [site.module, site.start, site.stop, site.out_features]
+        sites.append({"site": where, "tokens": statistics.tokens, "fingerprint": statistics.fingerprint})
+    loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
+    header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
+    write_safetensors(tensors, path, header)
+
+
+def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
+    """Read what was measured with these LoRAs, given in the same order.
+
+    `loras` must name the model's modules as the collector's calibration does.
+
+    Raises:
+        StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
+    """
+    file = Path(path)
+    tensors, metadata = read_safetensors(file, StatisticsError)
+    if metadata.get("ssr.format") != "statistics 1":
+        raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
+    subspaces = join_loras(loras)
+    try:
+        entries = json.loads(metadata["ssr.sites"])
+        read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
+        names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
+    if read.keys() != {site for site, space in subspaces.items() if space.is_shared}:
+        raise StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
+    for site, statistics in read.items():
+        statistics.check(subspaces[site], f"{file.name}: {site}")
+    return Calibration(tuple(loras), subspaces, read)
+
+
+def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics:
+    size = int(((8 * packed.shape[1] + 1) ** 0.5 - 1) // 2)
+    rows, columns = torch.triu_indices(size, size).unbind()
+    gram = torch.zeros(packed.shape[0], size, size, dtype=torch.float64)
+    gram[:, rows, columns] = packed.double()
+    gram[:, columns, rows] = packed.double()
+    return SufficientStatistics(gram, tuple(map(int, entry["tokens"])), str(entry["fingerprint"]))  # type: ignore[call-overload]
+
+
+def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file; `error` names the file and what is wrong with it."""
+    if not file.is_file():
+        raise error(f"{file} does not exist.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as cause:
+        raise error(f"{file.name} is not a whole safetensors file ({cause}); download or save it again.") from cause
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write under a temporary name in the same folder, then rename: readers never see half a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in iter(lambda: stream.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _strip(key: str) -> str:
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix)
+    return key

@@ -1,0 +1,67 @@
+"""How a layer turns inputs into tokens: linear layers and convolutions of 1 to 3 dimensions, in bounded pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import ModelMismatchError
+
+CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or convolution module, read by its weight's shape: quantized layers are no nn.Linear."""
+
+    module: nn.Module
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.weight_shape[2:] and getattr(self.module, "groups", 1) != 1:
+            raise ModelMismatchError(f"{self.name} is a grouped convolution, which cannot be merged by routing.")
+        if getattr(self.module, "transposed", False):
+            raise ModelMismatchError(f"{self.name} is a transposed convolution, which cannot be merged by routing.")
+        if len(self.weight_shape) not in (2, *_CONV):
+            raise ModelMismatchError(f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer.")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in) or (out, in, *kernel)"""
+        return tuple(self.module.weight.shape)
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.weight_shape) > 2
+
+    def chunks(self, x: Tensor, output: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of x, with the view of `output` (..., out) that holds the same tokens."""
+        if self.is_conv:
+            size = max(1, CHUNK_BYTES // (4 * x[0].numel()))
+            yield from zip(x.split(size), output.movedim(1, -1).split(size), strict=True)
+        else:
+            tokens, written = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+            size = max(1, CHUNK_BYTES // (4 * x.shape[-1]))
+            yield from zip(tokens.split(size), written.split(size), strict=True)
+
+    def project(self, x: Tensor, down: Tensor) -> Tensor:
+        """z = down x for every token: (tokens, R). For a convolution the tokens are its output positions."""
+        if not self.is_conv:
+            return x @ down.mT
+        module, padding = self.module, self.module.padding
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        z = _CONV[down.ndim](x, down, stride=module.stride, padding=padding, dilation=module.dilation)
+        return z.movedim(1, -1).flatten(0, -2)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Signals are computed in float32, however narrow the model's own activations are."""
+    return torch.promote_types(x.dtype, torch.float32)

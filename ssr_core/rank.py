@@ -1,0 +1,64 @@
+"""Reduced-rank regression: the best update of a given rank, measured where the model's activations are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .low_rank_update import LowRankUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """`left` @ `right` is a projection of the joint signal: up @ left and right @ down are the smaller update."""
+
+    left: Tensor  # (R, rank)
+    right: Tensor  # (rank, R)
+    energy: float  # share of sum |up z|^2 that is kept, 0..1
+
+    @property
+    def projection(self) -> Tensor:
+        """(R, R)"""
+        return self.left @ self.right
+
+
+def truncate(update: LowRankUpdate, factor: Tensor, rank: float) -> tuple[LowRankUpdate, Truncation]:
+    """The update of at most `rank` that is nearest on the activations: min sum over tokens |(M - M_rank) z|^2.
+
+    By the SVD of up L, with G = L L^T the Gram of z (Eckart-Young in that metric). The dense update is never formed.
+
+    Args:
+        update: of rank R.
+        factor: L, (R, R) lower triangular, float64.
+        rank: a number of directions, or, between 0 and 1, the share of energy to keep.
+    """
+    energy_by_up = update.up.mT.double() @ update.up.double()
+    values, vectors = torch.linalg.eigh(factor.mT @ energy_by_up @ factor)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)  # largest first
+    count = _count(values, min(rank, update.down[0].numel(), update.out_features))
+    sigma = values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    # the scale is split evenly between the factors, which survives half precision best
+    gain = sigma.sqrt()
+    left = factor @ vectors[:, :count] / gain
+    right = torch.linalg.solve_triangular(factor.mT, vectors[:, :count], upper=True).mT * gain[:, None]
+    kept = float(values[:count].sum() / values.sum()) if values.sum() > 0 else 1.0
+    down = (right @ update.down.flatten(1).double()).reshape(count, *update.in_shape)
+    return LowRankUpdate(down, update.up.double() @ left).balanced(), Truncation(left, right, kept)
+
+
+def isotropic_factor(update: LowRankUpdate) -> Tensor:
+    """L for inputs of no preferred direction: the metric of the plain SVD of the dense update."""
+    down = update.down.flatten(1).double()
+    gram = down @ down.mT
+    jitter = 1e-12 * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.linalg.cholesky(gram + jitter * torch.eye(update.rank, dtype=torch.float64))
+
+
+def _count(values: Tensor, rank: float) -> int:
+    positive = int((values > values[0] * 1e-14).sum()) if values[0] > 0 else 1
+    if rank >= 1:
+        return min(int(rank), positive)
+    shares = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return min(int((shares < rank).sum()) + 1, positive)

@@ -1,0 +1,126 @@
+"""The router: which task's rows a signal in the joint subspace is sent to, by ordinary least squares.
+
+SSR-Merge, section 3 (Wei et al., arXiv 2606.10617): R = Q G^-1 with G = sum z z^T and Q = sum over tasks of the task's own
+rows of z times z^T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import SolveError
+from .low_rank_update import LowRankUpdate
+from .subspace import Subspace
+from .sufficient_statistics import SufficientStatistics
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """How far the data are trusted, and what holds where they are silent.
+
+    R minimizes  sum over tokens |R z - z_k|^2  +  |(R - R0) D^(1/2)|^2  with a diagonal D of penalties.
+    """
+
+    relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
+    floor: float = 1e-6  # of the mean diagonal entry of a task's block, for rows that saw nothing
+    absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
+    prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
+
+    PAPER: ClassVar[Ridge]
+
+    def penalties(self, correlation: Tensor, subspace: Subspace, tokens: float) -> Tensor:
+        """(R,) the diagonal of D."""
+        diagonal = correlation.diagonal()
+        blocks = [*subspace.blocks, slice(subspace.rank, None)]
+        means = torch.cat([diagonal[b].mean().expand_as(diagonal[b]) for b in blocks if diagonal[b].numel()])
+        # a block that saw nothing at all has no scale of its own; any positive penalty then gives the prior
+        floor = torch.where(means > 0, means, torch.ones_like(means)) * self.floor
+        return self.relative * diagonal + floor + self.absolute * tokens
+
+
+Ridge.PAPER = Ridge(relative=0.0, floor=0.0, absolute=1e-4, prior=False)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """R (G + D) = Q + R0 D, of one site. All float64."""
+
+    correlation: Tensor  # G, (R, R)
+    guide: Tensor  # Q, (rank, R)
+    penalties: Tensor  # the diagonal of D, (R,)
+    prior: Tensor  # R0, (rank, R)
+    where: str  # what errors call the site, and how much it saw
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """L, (R, R) lower triangular, with L L^T = G + D: also the metric in which truncation measures.
+
+        Raises:
+            SolveError: not positive definite.
+        """
+        factor, failed = torch.linalg.cholesky_ex(self._scaled)
+        if failed.any():
+            raise SolveError(
+                f"{self.where}, too little for a joint rank of {len(self.penalties)} at this ridge: the correlation "
+                "matrix is singular. Raise the ridge, or calibrate with more steps or prompts."
+            )
+        return factor * self._scale[:, None]
+
+    @cached_property
+    def condition(self) -> float:
+        """Of G + D scaled to a unit diagonal."""
+        values = torch.linalg.eigvalsh(self._scaled)
+        return float(values[-1] / values[0]) if values[0] > 0 else math.inf
+
+    @property
+    def _scale(self) -> Tensor:
+        diagonal = self.correlation.diagonal() + self.penalties
+        return diagonal.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+
+    @property
+    def _scaled(self) -> Tensor:
+        # to a unit diagonal: rows of `down` may differ by orders of magnitude
+        return (self.correlation + self.penalties.diag()) / self._scale / self._scale[:, None]
+
+
+def normal_equations(
+    statistics: SufficientStatistics,
+    subspace: Subspace,
+    weights: Sequence[float],
+    ridge: Ridge,
+    site: object = "this site",
+) -> NormalEquations:
+    """The normal equations of a weighted sum of the tasks' tokens.
+
+    Args:
+        weights: (K,) what each task's sums are multiplied with.
+    """
+    weighted = statistics.gram * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    correlation = weighted.sum(dim=0)
+    guide = torch.cat([gram[block] for gram, block in zip(weighted, subspace.blocks, strict=True)])
+    tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
+    prior = torch.eye(*guide.shape, dtype=torch.float64) * (ridge.prior / len(subspace.present))
+    penalties = ridge.penalties(correlation, subspace, tokens)
+    return NormalEquations(correlation, guide, penalties, prior, f"{site} saw {sum(statistics.tokens)} tokens")
+
+
+def solve_router(equations: NormalEquations) -> Tensor:
+    """R = (Q + R0 D) (G + D)^-1, (rank, R).
+
+    Raises:
+        SolveError: G + D is not positive definite.
+    """
+    target = equations.guide + equations.prior * equations.penalties
+    return torch.cholesky_solve(target.mT, equations.factor).mT
+
+
+def route(subspace: Subspace, router: Tensor) -> LowRankUpdate:
+    """The merged update (down, up R): the same joint `down`, a routed `up`."""
+    return LowRankUpdate(subspace.down, subspace.up.double() @ router)

@@ -1,0 +1,122 @@
+"""Subspace: the joint low-rank subspace of all tasks at one site, in which activations are measured and routed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from .errors import LoraError
+from .lora import Lora
+from .low_rank_update import LowRankUpdate, concatenate
+from .site import Site, align_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """LoRAs concatenated along the rank (paper, section 3: A_comb and B_comb).
+
+    `down` may have more rows than `up` has columns: the last `context` rows belong to no task. They write nothing, but
+    the router may read them.
+    """
+
+    down: Tensor  # (rank + context, in, *kernel)
+    up: Tensor  # (out, rank)
+    ranks: tuple[int, ...]  # (K,) 0 where a task has no LoRA at this site
+
+    @classmethod
+    def join(cls, updates: Sequence[LowRankUpdate | None], name: str = "this layer") -> Subspace:
+        """Join the updates of K tasks at one site; None where a task has none there."""
+        present = [update for update in updates if update is not None]
+        joint = concatenate(_same_layout(present, name))
+        return cls(joint.down, joint.up, tuple(0 if update is None else update.rank for update in updates))
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def context(self) -> int:
+        return self.down.shape[0] - self.rank
+
+    @cached_property
+    def blocks(self) -> tuple[slice, ...]:
+        """(K,) the rows of `down` and columns of `up` that belong to each task."""
+        return tuple(slice(a, b) for a, b in pairwise((0, *accumulate(self.ranks))))
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """The tasks that have a LoRA at this site."""
+        return tuple(task for task, rank in enumerate(self.ranks) if rank)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether two or more tasks meet here. Only then is there something to route."""
+        return len(self.present) > 1
+
+    def task(self, task: int) -> LowRankUpdate:
+        """Task `task`'s own update."""
+        block = self.blocks[task]
+        return LowRankUpdate(self.down[block], self.up[:, block])
+
+    def scaled(self, strengths: Sequence[float]) -> Subspace:
+        """The same subspace with each task's update at its strength; the fingerprint does not change."""
+        columns = torch.tensor([s for s, r in zip(strengths, self.ranks, strict=True) for _ in range(r)])
+        return Subspace(self.down, self.up.float() * columns.to(self.up.device), self.ranks)
+
+    def without(self, task: int) -> Subspace:
+        """As if task `task` had never been there."""
+        return Subspace(
+            self.down[self.rows_without(task)],
+            torch.cat([self.up[:, : self.blocks[task].start], self.up[:, self.blocks[task].stop :]], dim=1),
+            self.ranks[:task] + self.ranks[task + 1 :],
+        )
+
+    def rows_without(self, task: int) -> Tensor:
+        """Indices of the rows of `down` that are not task `task`'s."""
+        rows = torch.arange(self.down.shape[0])
+        return torch.cat([rows[: self.blocks[task].start], rows[self.blocks[task].stop :]])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies what statistics are measured with: `down` and the ranks. Alpha and strength live in `up`, outside."""
+        digest = hashlib.sha256(repr(self.ranks).encode())
+        digest.update(self.down.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def join_loras(loras: Sequence[Lora]) -> dict[Site, Subspace]:
+    """The joint subspaces of all LoRAs, for every site that at least one of them writes to.
+
+    Raises:
+        LoraError: two LoRAs disagree about the size of a layer.
+    """
+    _check_agreement(loras)
+    aligned = align_rows([lora.updates for lora in loras])
+    sites = sorted({site for updates in aligned for site in updates})
+    return {site: Subspace.join([updates.get(site) for updates in aligned], str(site)) for site in sites}
+
+
+def _same_layout(updates: Sequence[LowRankUpdate], name: str) -> list[LowRankUpdate]:
+    # a 1x1 convolution may come as (r, in) and as (r, in, 1, 1): the fuller spelling wins
+    in_shape = max((update.in_shape for update in updates), key=len)
+    return [update.with_in_shape(in_shape, name) for update in updates]
+
+
+def _check_agreement(loras: Sequence[Lora]) -> None:
+    seen: dict[str, tuple[tuple[int, int], str]] = {}
+    for lora in loras:
+        for site, update in lora.updates.items():
+            size = (site.out_features, update.down[0].numel())
+            known, owner = seen.setdefault(site.module, (size, lora.name))
+            if known != size:
+                raise LoraError(
+                    f"{lora.name} and {owner} were trained on different models: at {site.module} one has "
+                    f"{size[1]} inputs and {size[0]} outputs, the other {known[1]} and {known[0]}. "
+                    "Merge only LoRAs of the same base model."
+                )
