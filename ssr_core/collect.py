@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -121,6 +121,11 @@ class Recording:
         self._attached = None
 
     @property
+    def heard(self) -> bool:
+        """Whether any of the modules ran while the hooks were on."""
+        return any(tap.fired for tap in self._taps)
+
+    @property
     def silent(self) -> list[str]:
         """Modules that should have run and did not."""
         return [tap.module for tap in self._taps if not tap.fired]
@@ -178,30 +183,32 @@ def _taps(subspaces: dict[Site, Subspace], task: int, strength: float) -> list[_
     return [_Tap(module, list(signals.values())) for module, signals in grouped.items()]
 
 
-def _hook(tap: _Tap, layer: Layer):  # type: ignore[no-untyped-def]
+def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
     """The forward hook of one module: project, count, and add the running task's update to the output."""
     placed: dict[tuple[torch.device, torch.dtype], list[tuple[_Signal, Tensor, list[Tensor]]]] = {}
 
-    def place(x: Tensor) -> list[tuple[_Signal, Tensor, list[Tensor]]]:
-        to = {"device": x.device, "dtype": compute_dtype(x)}
+    def place(device: torch.device, dtype: torch.dtype) -> list[tuple[_Signal, Tensor, list[Tensor]]]:
         return [
-            (s, s.down.reshape(-1, *layer.weight_shape[1:]).to(**to), [up.to(**to) for _, _, up in s.updates])
-            for s in tap.signals
+            (
+                signal,
+                signal.down.reshape(-1, *layer.weight_shape[1:]).to(device, dtype),
+                [up.to(device, dtype) for _, _, up in signal.updates],
+            )
+            for signal in tap.signals
         ]
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        dtype = compute_dtype(x)
-        key = (x.device, dtype)
-        if key not in placed:
-            placed[key] = place(x)
+        where = (x.device, compute_dtype(x))
+        if where not in placed:
+            placed[where] = place(*where)
         tap.fired = True
         result = output.clone(memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             for piece, written in layer.chunks(x, result):
-                piece = piece.to(dtype)
-                for signal, down, ups in placed[key]:
+                piece = piece.to(where[1])
+                for signal, down, ups in placed[where]:
                     z = layer.project(piece, down)
                     if signal.counted:
                         signal.sums.update(z)

@@ -126,7 +126,9 @@ class Report:
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
         kept = [site.energy for site in self.sites if site.energy < 1]
         if kept:
-            remarks.append(f"Truncation kept {100 * sum(kept) / len(kept):.1f} % of the effect on average, at least {100 * min(kept):.1f} %.")
+            remarks.append(
+                f"Truncation kept {100 * sum(kept) / len(kept):.1f} % of the effect on average, at least {100 * min(kept):.1f} %."
+            )
         return remarks
 
 

@@ -83,7 +83,9 @@ def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowR
     return pairs, [key for key in tensors if key not in used]
 
 
-def to_state_dict(updates: Updates, prefix: str = "diffusion_model.", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def to_state_dict(
+    updates: Updates, prefix: str = "diffusion_model.", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Updates in the generic spelling that ComfyUI loads for every model: `lora_A`, `lora_B`, alpha = rank.
 
     Raises:

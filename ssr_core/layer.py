@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ModelMismatchError
@@ -20,7 +21,7 @@ _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 class Layer:
     """A linear or convolution module, read by its weight's shape: quantized layers are no nn.Linear."""
 
-    module: nn.Module
+    module: Any  # an nn.Module with a weight; Any because hosts wrap linear layers in classes of their own
     name: str
 
     def __post_init__(self) -> None:
@@ -29,7 +30,9 @@ class Layer:
         if getattr(self.module, "transposed", False):
             raise ModelMismatchError(f"{self.name} is a transposed convolution, which cannot be merged by routing.")
         if len(self.weight_shape) not in (2, *_CONV):
-            raise ModelMismatchError(f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer.")
+            raise ModelMismatchError(
+                f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer."
+            )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

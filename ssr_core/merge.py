@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+
 from .calibration import Calibration
 from .diagnostics import Report, SiteReport, residuals
 from .errors import SSRError, StatisticsError

@@ -1,7 +1,7 @@
 """The router: which task's rows a signal in the joint subspace is sent to, by ordinary least squares.
 
-SSR-Merge, section 3 (Wei et al., arXiv 2606.10617): R = Q G^-1 with G = sum z z^T and Q = sum over tasks of the task's own
-rows of z times z^T.
+SSR-Merge, section 3 (Wei et al., arXiv 2606.10617): R = Q G^-1 with G = sum z z^T and Q = sum over tasks of the task's
+own rows of z times z^T.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def align_rows(tasks: Sequence[Updates]) -> list[dict[Site, LowRankUpdate]]:
 
 
 def join_rows(updates: Updates) -> dict[str, LowRankUpdate]:
-    """One update per module from those of its sites: what files and weight patches need. Exact; ranks of slices add up."""
+    """One update per module from those of its sites, as files and weight patches need them. Ranks of slices add up."""
     grouped: dict[str, list[LowRankUpdate]] = {}
     for site, update in updates.items():
         grouped.setdefault(site.module, []).append(update.embed_rows(site.start, site.out_features))

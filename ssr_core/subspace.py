@@ -84,7 +84,7 @@ class Subspace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies what statistics are measured with: `down` and the ranks. Alpha and strength live in `up`, outside."""
+        """Of what statistics are measured with: `down` and the ranks. Alpha and strength live in `up`, outside."""
         digest = hashlib.sha256(repr(self.ranks).encode())
         digest.update(self.down.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]

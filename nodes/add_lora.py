@@ -1,0 +1,76 @@
+"""SSR Add LoRA: puts one LoRA and its calibration prompt on the list of LoRAs to merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..ssr_core import LoraError
+from .sockets import CATEGORY, LoraModelSocket, SSRTasks, Task, schema
+
+NONE = "(use the lora input)"
+
+
+class SSRAddLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SSRAddLoRA",
+            display_name="SSR Add LoRA",
+            category=CATEGORY,
+            description="Adds a LoRA and its calibration prompt to those that are merged. Chain one node per LoRA.",
+            search_aliases=["merge lora", "lora merge", "combine loras", "ssr merge", "multiple loras"],
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=[*folder_paths.get_filename_list("loras"), NONE],
+                    tooltip="The LoRA file to add.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strong this LoRA is, alone and in the merge. 1 means what Load LoRA's 1 means.",
+                ),
+                io.Conditioning.Input(
+                    "calibration",
+                    tooltip="A prompt that shows what this LoRA is for, with its trigger words. "
+                    "Join several with Conditioning (Combine): each one is sampled by itself, and more of them merge better.",
+                ),
+                SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before this one."),
+                LoraModelSocket.Input(
+                    "lora", optional=True, tooltip="A LoRA from another node, used instead of the file."
+                ),
+            ],
+            outputs=[SSRTasks.Output(display_name="tasks", tooltip="All LoRAs added so far.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        path = folder_paths.get_full_path("loras", lora_name)
+        if path is None:
+            return lora_name
+        stat = Path(path).stat()
+        return f"{path} {stat.st_mtime_ns} {stat.st_size}"  # a file replaced under the same name is another LoRA
+
+    @classmethod
+    def execute(
+        cls, lora_name: str, strength: float, calibration: list[Any], tasks: tuple[Task, ...] = (), lora: Any = None
+    ) -> io.NodeOutput:
+        before = tuple(tasks or ())
+        if not calibration:
+            raise LoraError(
+                f"SSR Add LoRA: the calibration prompt of {lora_name} is empty; connect a CLIP Text Encode."
+            )
+        if lora is not None:
+            name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
+            return io.NodeOutput((*before, Task(name, lora, strength, calibration)))
+        if lora_name == NONE:
+            raise LoraError("SSR Add LoRA: choose a LoRA file, or connect the lora input.")
+        path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        return io.NodeOutput((*before, Task(path.stem, path, strength, calibration)))

@@ -1,0 +1,134 @@
+"""SSR Collect Stats: runs the model once per LoRA and measures how its signals meet those of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..ssr_core import Calibration, LoraError, StatisticsCollector, StatisticsError
+from .calibrate import Sampling, run_task
+from .patches import read_task
+from .provenance import describe
+from .sockets import CATEGORY, SSRStats, SSRTasks, Stats, Task, schema
+
+
+class SSRCollectStats(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SSRCollectStats",
+            display_name="SSR Collect Stats",
+            category=CATEGORY,
+            description="Samples each LoRA's calibration prompts with that LoRA active and measures, layer by layer, how "
+            "the LoRAs' signals overlap. The model itself is not changed. Solving again later needs no new statistics.",
+            search_aliases=["merge lora", "lora merge", "ssr merge", "calibrate"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The base model, with everything that shall stay in it (a speed LoRA, say)."
+                ),
+                SSRTasks.Input("tasks", tooltip="The LoRAs to merge, from SSR Add LoRA."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="An empty latent of the size you render. A batch gives more samples per prompt and merges better.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="Of the calibration samples' noise; the same for every LoRA.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=8,
+                    min=1,
+                    max=10000,
+                    tooltip="Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="The sampler you render with.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="The scheduler you render with.",
+                ),
+            ],
+            outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        tasks: tuple[Task, ...],
+        latent: dict[str, Any],
+        seed: int,
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+    ) -> io.NodeOutput:
+        started = time.perf_counter()
+        if not tasks:
+            raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
+        loaded = [read_task(task, model.model) for task in tasks]
+        collector = StatisticsCollector([one.lora for one in loaded])
+        sampling = Sampling(seed, steps, sampler_name, scheduler)
+        on_step = _progress(model, steps * sum(len(task.conditioning) for task in tasks))
+        silent: set[str] = set()
+        for index, (task, one) in enumerate(zip(tasks, loaded, strict=True)):
+            _say(cls, f"{index + 1} of {len(tasks)}: {task.name}")
+            with collector.recording(index) as recording:
+                run_task(model, task, one.carried, recording, latent, sampling, on_step)
+                if not recording.heard:
+                    raise StatisticsError(
+                        f"{task.name}: the model ran, but none of the layers this LoRA changes did. "
+                        "A model that was compiled or converted by another node hides its layers; connect the model before it."
+                    )
+            silent.update(recording.silent)
+        calibration = collector.calibration()
+        _say(cls, _summary(calibration, tasks, steps, time.perf_counter() - started))
+        provenance = describe(model, loaded, tasks, sampling)
+        return io.NodeOutput(
+            Stats(calibration, tuple(one.carried for one in loaded), tuple(sorted(silent)), provenance)
+        )
+
+
+def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
+    """One bar over all LoRAs, prompts and steps, with ComfyUI's own preview."""
+    bar = comfy.utils.ProgressBar(total)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def on_step(x0: torch.Tensor) -> None:
+        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
+        bar.update_absolute(min(bar.current + 1, total), total, preview)
+
+    return on_step
+
+
+def _summary(calibration: Calibration, tasks: tuple[Task, ...], steps: int, seconds: float) -> str:
+    prompts = sum(len(task.conditioning) for task in tasks)
+    return (
+        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites, {len(calibration.statistics)} shared\n"
+        f"{min(calibration.tokens, default=0):,} tokens a LoRA at least ({prompts} prompts, {steps} steps)\n"
+        f"{seconds:.1f} s"
+    )
+
+
+def _say(cls: type[io.ComfyNode], text: str) -> None:
+    """A line of text on the node."""
+    if PromptServer.instance is not None and cls.hidden.unique_id is not None:
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)

@@ -1,0 +1,80 @@
+"""Where a merged LoRA comes from: the metadata of its file, in the field's own keys where there are any.
+
+Values are strings, as safetensors wants them. `modelspec.*` follows the Stability AI model metadata standard, `ss_*` the
+keys that kohya's trainers write and other tools read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+import comfy.model_base
+
+from ..ssr_core import MergeSettings, Report
+from .calibrate import Sampling
+from .patches import LoadedLora
+from .sockets import Task
+
+_ARCHITECTURES = (  # most special first; only those the standard names
+    ("SDXLRefiner", "stable-diffusion-xl-v1-refiner/lora"),
+    ("SDXL", "stable-diffusion-xl-v1-base/lora"),
+    ("SD3", "stable-diffusion-v3-medium/lora"),
+    ("Flux", "flux-1-dev/lora"),
+)
+
+
+def describe(model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling) -> dict[str, str]:
+    """What is known once the statistics are collected."""
+    sources = [
+        {**one.lora.source, "strength": task.strength, "prompts": len(task.conditioning)}
+        for one, task in zip(loaded, tasks, strict=True)
+    ]
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
+        "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
+        "ssr.sources": json.dumps(sources),
+        "ssr.calibration": json.dumps({**asdict(sampling), "model": type(model.model).__name__}),
+    }
+    if architecture := _architecture(model.model, sources):
+        metadata["modelspec.architecture"] = architecture
+    if base := _common(sources, "ss_base_model_version"):
+        metadata["ss_base_model_version"] = base
+    if triggers := [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]:
+        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
+    return metadata
+
+
+def with_settings(provenance: Mapping[str, str], settings: MergeSettings, report: Report) -> dict[str, str]:
+    """What is known once the merge is made."""
+    sources = json.loads(provenance["ssr.sources"])
+    for source, strength in zip(sources, report.strengths, strict=True):
+        source["strength"] = strength
+    return {
+        **provenance,
+        "modelspec.title": " + ".join(PurePath(name).stem for name in report.names),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "Dynamic",
+        "ss_network_alpha": "Dynamic",
+        "ssr.sources": json.dumps(sources),
+        "ssr.settings": json.dumps(asdict(settings)),
+    }
+
+
+def _architecture(model: Any, sources: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the sources agree on, or what the model certainly is."""
+    if agreed := _common(sources, "modelspec.architecture"):
+        return agreed
+    for name, architecture in _ARCHITECTURES:
+        if type(model) is getattr(comfy.model_base, name, None):
+            return architecture
+    return None
+
+
+def _common(sources: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    values = {source.get(key) for source in sources}
+    return str(values.pop()) if len(values) == 1 and None not in values else None
