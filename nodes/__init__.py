@@ -1,6 +1,6 @@
 """The nodes of this pack. Each is a file; what they share are the values in `sockets`.
 
-SSR Add LoRA -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
+SSR Prompts -> SSR Add LoRA -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
 """
 
 from comfy_api.latest import ComfyExtension, io
@@ -8,13 +8,14 @@ from comfy_api.latest import ComfyExtension, io
 from .add_lora import SSRAddLoRA
 from .apply import SSRApply
 from .collect_stats import SSRCollectStats
+from .prompts import SSRPrompts
 from .save_lora import SSRSaveLoRA
 from .solve import SSRSolve
 
 
 class SSRMergeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SSRAddLoRA, SSRCollectStats, SSRSolve, SSRApply, SSRSaveLoRA]
+        return [SSRPrompts, SSRAddLoRA, SSRCollectStats, SSRSolve, SSRApply, SSRSaveLoRA]
 
 
 async def comfy_entrypoint() -> SSRMergeExtension:

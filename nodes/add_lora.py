@@ -39,8 +39,8 @@ class SSRAddLoRA(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "calibration",
-                    tooltip="A prompt that shows what this LoRA is for, with its trigger words. "
-                    "Join several with Conditioning (Combine): each one is sampled by itself, and more of them merge better.",
+                    tooltip="Prompts that show what this LoRA is for, with its trigger words: from SSR Prompts, or "
+                    "joined with Conditioning (Combine). Each is sampled by itself, and a few merge better than one.",
                 ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before this one."),
                 LoraModelSocket.Input(
@@ -64,9 +64,7 @@ class SSRAddLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         before = tuple(tasks or ())
         if not calibration:
-            raise LoraError(
-                f"SSR Add LoRA: the calibration prompt of {lora_name} is empty; connect a CLIP Text Encode."
-            )
+            raise LoraError(f"SSR Add LoRA: {lora_name} has no calibration prompt; connect SSR Prompts.")
         if lora is not None:
             name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
             return io.NodeOutput((*before, Task(name, lora, strength, calibration)))

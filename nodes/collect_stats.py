@@ -27,17 +27,15 @@ class SSRCollectStats(io.ComfyNode):
             node_id="SSRCollectStats",
             display_name="SSR Collect Stats",
             category=CATEGORY,
-            description="Samples each LoRA's calibration prompts with that LoRA active and measures, layer by layer, how "
-            "the LoRAs' signals overlap. The model itself is not changed. Solving again later needs no new statistics.",
+            description="Samples each LoRA's calibration prompts with that LoRA active and measures, layer by layer, "
+            "how the LoRAs' signals overlap. The model itself is not changed. Solving again needs no new statistics.",
             search_aliases=["merge lora", "lora merge", "ssr merge", "calibrate"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The base model, with everything that shall stay in it (a speed LoRA, say)."
-                ),
+                io.Model.Input("model", tooltip="The base model, with what shall stay in it (a speed LoRA, say)."),
                 SSRTasks.Input("tasks", tooltip="The LoRAs to merge, from SSR Add LoRA."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="An empty latent of the size you render. A batch gives more samples per prompt and merges better.",
+                    tooltip="An empty latent of the size you render. A batch gives more samples per prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -96,7 +94,7 @@ class SSRCollectStats(io.ComfyNode):
                 if not recording.heard:
                     raise StatisticsError(
                         f"{task.name}: the model ran, but none of the layers this LoRA changes did. "
-                        "A model that was compiled or converted by another node hides its layers; connect the model before it."
+                        "A node that compiles or converts the model can hide its layers; connect the model before it."
                     )
             silent.update(recording.silent)
         calibration = collector.calibration()

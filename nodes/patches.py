@@ -151,8 +151,8 @@ def _updates(patches: Mapping[Any, Any], model: torch.nn.Module, name: str) -> I
             raise LoraError(f"{where} changes a slice of input columns, which cannot be routed; leave this LoRA out.")
         if update.out_features != length or update.down[0].numel() != torch.Size(shape[1:]).numel():
             raise ModelMismatchError(
-                f"{where} is {length} x {tuple(shape[1:])} in this model, but the LoRA has {update.out_features} outputs "
-                f"and inputs {update.in_shape}; it was trained for another variant of the base."
+                f"{where} has {length} outputs and inputs {tuple(shape[1:])} in this model, but {update.out_features} "
+                f"and {update.in_shape} in the LoRA; it was trained for another variant of the base."
             )
         site = Site(weight_key.removesuffix(".weight"), start, start + length, shape[0])
         yield site, update.with_in_shape(shape[1:], where)

@@ -1,7 +1,7 @@
 """Where a merged LoRA comes from: the metadata of its file, in the field's own keys where there are any.
 
-Values are strings, as safetensors wants them. `modelspec.*` follows the Stability AI model metadata standard, `ss_*` the
-keys that kohya's trainers write and other tools read.
+Values are strings, as safetensors wants them. `modelspec.*` follows the Stability AI model metadata standard, `ss_*`
+the keys that kohya's trainers write and other tools read.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class SSRSaveLoRA(io.ComfyNode):
             node_id="SSRSaveLoRA",
             display_name="SSR Save LoRA",
             category=CATEGORY,
-            description="Saves a merged LoRA under output/loras, where Load LoRA lists it. The file remembers its sources.",
+            description="Saves a merged LoRA under output/loras, where Load LoRA lists it, with word of its sources.",
             search_aliases=["save lora", "export lora", "ssr merge"],
             is_output_node=True,
             inputs=[

@@ -2,16 +2,16 @@
 
 The method is Subspace Signal Routing (Wei et al., ICML 2026, arXiv 2606.10617). Values flow one way, a file per value:
 
-    Lora: LowRankUpdate by Site  ->  Subspace  ->  SufficientStatistics  ->  router  ->  Merge: LowRankUpdate by Site
+    Lora: LowRankUpdate by Site -> Subspace -> SufficientStatistics -> router -> Merge: LowRankUpdate by Site
 
-| paper         | here                 | shape                           | meaning                                          |
-|---------------|----------------------|---------------------------------|--------------------------------------------------|
-| A_k, A_comb   | `down`               | (r_k, in) or (rank, in, *kernel)| PEFT and ComfyUI disagree on what "A" is         |
-| B_k, B_comb   | `up`                 | (out, r_k)                      | alpha / rank is folded in here                   |
-| z             | `z`                  | (tokens, R)                     | `down @ x`, the signal in the joint subspace     |
-| G_k           | `gram[k]`            | (R, R)                          | sum of z z^T over task k's tokens                |
-| G, Q          | `correlation, guide` | (R, R), (rank, R)               | the normal equations, formed when solving        |
-| R             | `router`             | (rank, R)                       | Q G^-1, regularized                              |
+| paper       | here                 | shape                            | meaning                                     |
+|-------------|----------------------|----------------------------------|---------------------------------------------|
+| A_k, A_comb | `down`               | (r_k, in) or (rank, in, *kernel) | PEFT and ComfyUI disagree on what "A" is    |
+| B_k, B_comb | `up`                 | (out, r_k)                       | alpha / rank is folded in here              |
+| z           | `z`                  | (tokens, R)                      | `down @ x`, the signal in the joint subspace|
+| G_k         | `gram[k]`            | (R, R)                           | sum of z z^T over task k's tokens           |
+| G, Q        | `correlation, guide` | (R, R), (rank, R)                | the normal equations, formed when solving   |
+| R           | `router`             | (rank, R)                        | Q G^-1, regularized                         |
 
 A *task* is one LoRA with its calibration prompt. A *site* is a module and the output rows that a LoRA writes there.
 R = rank + context rows, which belong to no task.

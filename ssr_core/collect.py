@@ -141,7 +141,7 @@ class Recording:
 
 @dataclass(eq=False)
 class _Signal:
-    """One joint `down` of a module and the sites that share it: a fused LoRA's slices need one projection, not three."""
+    """One joint `down` of a module and the sites that share it: slices of a fused LoRA need one projection."""
 
     down: Tensor  # (R, in, *kernel)
     counted: bool
@@ -164,8 +164,8 @@ class _Tap:
             shape = layer.weight_shape
             if out != shape[0] or in_numel != torch.Size(shape[1:]).numel():
                 raise ModelMismatchError(
-                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer is "
-                    f"{shape}. It was trained for another model."
+                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer has "
+                    f"the shape {shape}. It was trained for another model."
                 )
 
 

@@ -119,16 +119,15 @@ class Report:
             remarks.append(f"{_count(unseen)} saw no token and got the mean of the LoRAs: {_some(unseen)}.")
         if short := [site for site in self.short_of_tokens() if sum(site.tokens)]:
             remarks.append(
-                f"{_count(short)} saw fewer tokens than their joint rank, so the ridge decides there more than the data: "
-                f"{_some(short)}. More steps or prompts help."
+                f"{_count(short)} saw fewer tokens than their joint rank, so the ridge decides there more than the "
+                f"data: {_some(short)}. More steps or prompts help."
             )
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
         kept = [site.energy for site in self.sites if site.energy < 1]
         if kept:
-            remarks.append(
-                f"Truncation kept {100 * sum(kept) / len(kept):.1f} % of the effect on average, at least {100 * min(kept):.1f} %."
-            )
+            mean = sum(kept) / len(kept)
+            remarks.append(f"Truncation kept {mean:.1%} of the effect on average, at least {min(kept):.1%}.")
         return remarks
 
 

@@ -15,7 +15,7 @@ from .errors import LoraError
 class LowRankUpdate:
     """delta W = up @ down; `down` is flattened over the input and kernel axes for the product.
 
-    The field calls the factors A and B, but PEFT and ComfyUI disagree on which is which; here the names say what they do.
+    The field calls the factors A and B, but PEFT and ComfyUI disagree on which is which; here names say what they do.
     """
 
     down: Tensor  # (rank, in, *kernel)
@@ -98,7 +98,7 @@ class LowRankUpdate:
         return replace(self, up=up)
 
     def balanced(self) -> LowRankUpdate:
-        """The same update with row i of `down` and column i of `up` of equal norm, which survives half precision best."""
+        """The same update with row i of `down` and column i of `up` of equal norm: half precision keeps it best."""
         down_norm = self.down.flatten(1).norm(dim=1)
         up_norm = self.up.norm(dim=0)
         silent = (down_norm == 0) | (up_norm == 0)

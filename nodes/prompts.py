@@ -1,0 +1,42 @@
+"""SSR Prompts: several calibration prompts from one text box."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ssr_core import SSRError
+from .sockets import CATEGORY, schema
+
+
+class SSRPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SSRPrompts",
+            display_name="SSR Prompts",
+            category=CATEGORY,
+            description="Encodes calibration prompts, one per line. A few that differ merge much better than one.",
+            search_aliases=["calibration prompts", "prompt list", "ssr merge"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    tooltip="One prompt per line, with the LoRA's trigger words, in the settings you will use it in.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="calibration", tooltip="For SSR Add LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, text: str) -> io.NodeOutput:
+        if clip is None:
+            raise SSRError("SSR Prompts: this checkpoint brings no text encoder; load one with Load CLIP.")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise SSRError("SSR Prompts: there is no prompt; write one per line.")
+        prompts = [entry for line in lines for entry in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
+        return io.NodeOutput(prompts)
