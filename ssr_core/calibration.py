@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import StatisticsError
@@ -45,6 +45,7 @@ class Calibration:
 
     def without(self, task: int) -> Calibration:
         """As if LoRA `task` had never been there; the others need no new calibration."""
+        check_task(task, self.loras)
         kept = {
             site: (space.without(task), self.statistics.get(site), space)
             for site, space in self.subspaces.items()
@@ -59,3 +60,9 @@ class Calibration:
                 if statistics is not None and space.is_shared
             },
         )
+
+
+def check_task(task: int, loras: Sequence[Lora]) -> None:
+    """Raise StatisticsError unless `task` is the number of a LoRA."""
+    if not 0 <= task < len(loras):
+        raise StatisticsError(f"There is no task {task}; tasks are numbered from 0 to {len(loras) - 1}.")

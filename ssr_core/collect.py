@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calibration import Calibration
-from .errors import LoraError, ModelMismatchError, StatisticsError
+from .calibration import Calibration, check_task
+from .errors import LoraError, ModelMismatchError
 from .layer import Layer, compute_dtype
 from .lora import Lora
-from .site import Site
+from .site import Site, canonical
 from .subspace import Subspace, join_loras
 from .sufficient_statistics import Accumulator, SufficientStatistics
 
@@ -58,8 +58,7 @@ class StatisticsCollector:
     @contextmanager
     def recording(self, task: int) -> Iterator[Recording]:
         """Like `watching`, for hosts that decide themselves when the hooks go on (`attach`) and off (`detach`)."""
-        if not 0 <= task < len(self.loras):
-            raise StatisticsError(f"There is no task {task}; tasks are numbered from 0 to {len(self.loras) - 1}.")
+        check_task(task, self.loras)
         recording = Recording(self.subspaces, task, self.loras[task].strength)
         try:
             yield recording
@@ -234,8 +233,3 @@ def find_layer(model: nn.Module, name: str) -> Layer:
             "or do its keys carry a prefix that the model's module names lack?"
         )
     return Layer(modules[found], found)
-
-
-def canonical(name: str) -> str:
-    """A module's name with dots and underscores made equal: kohya files cannot tell them apart."""
-    return name.replace(".", "_")

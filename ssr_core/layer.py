@@ -46,6 +46,8 @@ class Layer:
     def chunks(self, x: Tensor, output: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of x, with the view of `output` (..., out) that holds the same tokens."""
         if self.is_conv:
+            if x.ndim < len(self.weight_shape):  # one image without a batch axis
+                x, output = x[None], output[None]
             size = max(1, CHUNK_BYTES // (4 * x[0].numel()))
             yield from zip(x.split(size), output.movedim(1, -1).split(size), strict=True)
         else:

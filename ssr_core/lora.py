@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .site import Updates
+from .site import Updates, canonical
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,3 +19,17 @@ class Lora:
 
     def with_strength(self, strength: float) -> Lora:
         return replace(self, strength=strength)
+
+    def renamed(self, names: Mapping[str, str]) -> Lora:
+        """The same LoRA with other names for some modules."""
+        updates = {replace(s, module=names.get(s.module, s.module)): update for s, update in self.updates.items()}
+        return replace(self, updates=updates)
+
+
+def with_common_names(loras: Sequence[Lora]) -> list[Lora]:
+    """Have LoRAs that spell a module in dots and in kohya's underscores use one name, the one with dots."""
+    modules = {site.module for lora in loras for site in lora.updates}
+    chosen: dict[str, str] = {}
+    for module in sorted(modules, key=lambda name: (name.count("."), name)):
+        chosen[canonical(module)] = module
+    return [lora.renamed({module: chosen[canonical(module)] for module in modules}) for lora in loras]

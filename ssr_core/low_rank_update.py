@@ -38,7 +38,7 @@ class LowRankUpdate:
             LoraError: rank 0, shapes that do not multiply, or values that are not finite.
         """
         shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
-        if down.ndim < 2 or up.ndim < 2 or up[0].numel() != up.shape[1]:
+        if down.ndim < 2 or up.ndim < 2 or up.shape[0] == 0 or up.numel() != up.shape[0] * up.shape[1]:
             raise LoraError(f"{name}: {shapes} are not the factors of a LoRA; is the file damaged?")
         if down.shape[0] == 0:
             raise LoraError(f"{name}: its rank is 0 ({shapes}); remove this pair from the file.")
@@ -68,7 +68,8 @@ class LowRankUpdate:
         return tuple(self.down.shape[1:])
 
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.down).all() and torch.isfinite(self.up).all())
+        # .float(): isfinite is not there for 8-bit floats
+        return bool(torch.isfinite(self.down.float()).all() and torch.isfinite(self.up.float()).all())
 
     def dense(self) -> Tensor:
         """The update as a weight, (out, in, *kernel), float32. For tests and small layers."""

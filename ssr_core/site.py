@@ -43,7 +43,7 @@ def align_rows(tasks: Sequence[Updates]) -> list[dict[Site, LowRankUpdate]]:
     boundaries: dict[str, set[int]] = {}
     for site in _all_sites(tasks):
         boundaries.setdefault(site.module, set()).update((site.start, site.stop))
-    return [dict(_cut(updates, boundaries)) for updates in tasks]
+    return [_joined(_cut(updates, boundaries)) for updates in tasks]
 
 
 def join_rows(updates: Updates) -> dict[str, LowRankUpdate]:
@@ -54,12 +54,25 @@ def join_rows(updates: Updates) -> dict[str, LowRankUpdate]:
     return {module: concatenate(parts) for module, parts in grouped.items()}
 
 
+def _joined(pieces: Iterable[tuple[Site, LowRankUpdate]]) -> dict[Site, LowRankUpdate]:
+    """By site; where one LoRA writes twice to the same rows, the sum."""
+    grouped: dict[Site, list[LowRankUpdate]] = {}
+    for site, update in pieces:
+        grouped.setdefault(site, []).append(update)
+    return {site: concatenate(updates) for site, updates in grouped.items()}
+
+
 def _cut(updates: Updates, boundaries: Mapping[str, set[int]]) -> Iterable[tuple[Site, LowRankUpdate]]:
     for site, update in updates.items():
         edges = sorted(edge for edge in boundaries[site.module] if site.start <= edge <= site.stop)
         for start, stop in pairwise(edges):
             piece = Site(site.module, start, stop, site.out_features)
             yield piece, update.slice_rows(start - site.start, stop - site.start)
+
+
+def canonical(module: str) -> str:
+    """A module's name with dots and underscores made equal: kohya's files cannot tell them apart."""
+    return module.replace(".", "_")
 
 
 def _all_sites(tasks: Sequence[Updates]) -> Iterable[Site]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraError
-from .lora import Lora
+from .lora import Lora, with_common_names
 from .low_rank_update import LowRankUpdate, concatenate
 from .site import Site, align_rows
 
@@ -96,6 +96,7 @@ def join_loras(loras: Sequence[Lora]) -> dict[Site, Subspace]:
     Raises:
         LoraError: two LoRAs disagree about the size of a layer.
     """
+    loras = with_common_names(loras)
     _check_agreement(loras)
     aligned = align_rows([lora.updates for lora in loras])
     sites = sorted({site for updates in aligned for site in updates})

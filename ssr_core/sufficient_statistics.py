@@ -76,7 +76,8 @@ class Accumulator:
         # float64 throughout where it is cheap; elsewhere the product in float32 and only the sum in float64
         z = z.double() if z.device.type == "cpu" else z.float()
         product = (z.mT @ z).to(torch.float32 if z.device.type == "mps" else torch.float64)
-        self._gram = product if self._gram is None else self._gram.add_(product)
+        # not in place: the sum may have begun in inference mode, and go on outside of it
+        self._gram = product if self._gram is None else self._gram + product
         self.tokens += z.shape[0]
 
     def compute(self, task: int, subspace: Subspace) -> SufficientStatistics:
