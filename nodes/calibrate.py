@@ -1,10 +1,11 @@
-"""One calibration run: a model samples the prompts of one task while a recording listens. No weight is touched."""
+"""Calibration: the model samples each task's prompts while a recording listens. No weight is touched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sample
@@ -12,7 +13,8 @@ import comfy.samplers
 import comfy.utils
 import torch
 
-from ..ssr_core import Recording
+from ..ssr_core import Calibration, Recording, StatisticsCollector, StatisticsError
+from .patches import LoadedLora
 from .sockets import Carried, Task
 
 
@@ -46,27 +48,73 @@ class RecordingGuider(comfy.samplers.CFGGuider):
             self.recording.detach()
 
 
-def run_task(
+@dataclass(frozen=True)
+class Run:
+    """One recording: some prompts of one task, to measure, or beforehand to survey what the layers see."""
+
+    index: int  # of the task
+    task: Task
+    prompts: list[Any]
+    sampling: Sampling
+    survey: bool
+
+    @property
+    def steps(self) -> int:
+        return len(self.prompts) * self.sampling.steps
+
+
+SURVEY_STEPS = 4
+
+
+def plan(tasks: Sequence[Task], sampling: Sampling, context: int) -> list[Run]:
+    """All prompts of every task; before them, for context rows, a short look at the first prompt of each."""
+    short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
+    looks = [Run(i, task, task.conditioning[:1], short, True) for i, task in enumerate(tasks) if context]
+    return looks + [Run(i, task, task.conditioning, sampling, False) for i, task in enumerate(tasks)]
+
+
+def calibrate(
     patcher: Any,
-    task: Task,
-    carried: Carried,
-    recording: Recording,
+    loaded: Sequence[LoadedLora],
+    runs: Sequence[Run],
     latent: dict[str, Any],
-    sampling: Sampling,
+    context: int,
     on_step: Callable[[torch.Tensor], None],
-) -> None:
-    """Sample every calibration prompt of `task` once, LoRA active, recording on.
+    on_run: Callable[[int], None],
+) -> tuple[Calibration, tuple[str, ...]]:
+    """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
 
     Args:
-        on_step: called after each step with the predicted clean latent.
+        on_step: called after each sampling step with the predicted clean latent.
+        on_run: called with the number of each run before it starts.
     """
-    patcher = _prepared(patcher, task, carried)
-    samples = _fitting(patcher, latent)
+    collector = StatisticsCollector([one.lora for one in loaded])
+    silent: set[str] = set()
+    for number, run in enumerate(runs):
+        on_run(number)
+        if not run.survey and runs[number - 1].survey:
+            collector.see(context)
+        with collector.recording(run.index, context if run.survey else 0) as recording:
+            _sample(_prepared(patcher, run.task, loaded[run.index].carried), run, recording, latent, on_step)
+            if not recording.heard:
+                raise StatisticsError(
+                    f"{run.task.name}: the model ran, but none of the layers this LoRA changes did. "
+                    "A node that compiles or converts the model can hide its layers; connect the model before it."
+                )
+        silent.update(recording.silent)
+    return collector.calibration(), tuple(sorted(silent))
+
+
+def _sample(
+    patcher: Any, run: Run, recording: Recording, latent: dict[str, Any], on_step: Callable[[torch.Tensor], None]
+) -> None:
+    """Sample each prompt of `run` once, LoRA active, recording on."""
+    sampling, samples = run.sampling, _fitting(patcher, latent)
     sigmas = comfy.samplers.KSampler(
         patcher, sampling.steps, patcher.load_device, sampling.sampler, sampling.scheduler
     ).sigmas
-    for index, prompt in enumerate(task.conditioning):
-        seed = sampling.seed + index
+    for index, prompt in enumerate(run.prompts):
+        seed = (sampling.seed + index) % 2**64
         guider = RecordingGuider(patcher, recording)
         guider.inner_set_conds({"positive": [prompt]})
         guider.sample(
@@ -102,8 +150,6 @@ def _fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
 @contextmanager
 def _uncompiled() -> Iterator[None]:
     """Run torch.compile'd modules eagerly: hooks that are added after compiling never fire."""
-    import sys
-
     if "torch._dynamo" not in sys.modules:
         yield
         return

@@ -13,11 +13,12 @@ import torch
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..ssr_core import Calibration, LoraError, StatisticsCollector, StatisticsError
-from .calibrate import Sampling, run_task
+from ..ssr_core import Calibration, LoraError
+from ..ssr_core.collect import CONTEXT
+from .calibrate import Sampling, calibrate, plan
 from .patches import read_task
 from .provenance import describe
-from .sockets import CATEGORY, SSRStats, SSRTasks, Stats, Task, schema
+from .sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, Stats, Task, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -63,6 +64,16 @@ class SSRCollectStats(io.ComfyNode):
                     default="simple",
                     tooltip="The scheduler you render with.",
                 ),
+                io.Int.Input(
+                    "context",
+                    default=CONTEXT,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="How many further directions of each layer's input the merge may look at to tell the LoRAs "
+                    "apart. They do not enlarge the result. 0 is the paper's method.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
             hidden=[io.Hidden.unique_id],
@@ -78,31 +89,22 @@ class SSRCollectStats(io.ComfyNode):
         steps: int,
         sampler_name: str,
         scheduler: str,
+        context: int = CONTEXT,
     ) -> io.NodeOutput:
         started = time.perf_counter()
         if not tasks:
             raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
         loaded = [read_task(task, model.model) for task in tasks]
-        collector = StatisticsCollector([one.lora for one in loaded])
         sampling = Sampling(seed, steps, sampler_name, scheduler)
-        on_step = _progress(model, steps * sum(len(task.conditioning) for task in tasks))
-        silent: set[str] = set()
-        for index, (task, one) in enumerate(zip(tasks, loaded, strict=True)):
-            _say(cls, f"{index + 1} of {len(tasks)}: {task.name}")
-            with collector.recording(index) as recording:
-                run_task(model, task, one.carried, recording, latent, sampling, on_step)
-                if not recording.heard:
-                    raise StatisticsError(
-                        f"{task.name}: the model ran, but none of the layers this LoRA changes did. "
-                        "A node that compiles or converts the model can hide its layers; connect the model before it."
-                    )
-            silent.update(recording.silent)
-        calibration = collector.calibration()
+        runs = plan(tasks, sampling, context)
+        calibration, silent = calibrate(
+            *(model, loaded, runs, latent, context),
+            on_step=_progress(model, sum(run.steps for run in runs)),
+            on_run=lambda number: _say(cls, f"{number + 1} of {len(runs)}: {runs[number].task.name}"),
+        )
         _say(cls, _summary(calibration, tasks, steps, time.perf_counter() - started))
         provenance = describe(model, loaded, tasks, sampling)
-        return io.NodeOutput(
-            Stats(calibration, tuple(one.carried for one in loaded), tuple(sorted(silent)), provenance)
-        )
+        return io.NodeOutput(Stats(calibration, tuple(one.carried for one in loaded), silent, provenance))
 
 
 def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:

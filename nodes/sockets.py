@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ LoraModelSocket = io.Custom("LORA_MODEL")
 def schema(**fields: Any) -> io.Schema:
     """An io.Schema without the fields that an older ComfyUI does not know."""
     return io.Schema(**{key: value for key, value in fields.items() if key in io.Schema.__dataclass_fields__})
+
+
+# folds an input away in the frontend, where ComfyUI knows how
+ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ R = rank + context rows, which belong to no task.
 """
 
 from .calibration import Calibration
-from .collect import Recording, StatisticsCollector
+from .collect import StatisticsCollector
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
 from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
@@ -26,6 +26,7 @@ from .lora import Lora
 from .low_rank_update import LowRankUpdate, concatenate
 from .merge import Merge, MergeSettings, merge
 from .rank import truncate
+from .recording import Recording
 from .router import Ridge, normal_equations, route, solve_router
 from .site import Site, align_rows, join_rows
 from .subspace import Subspace, join_loras

@@ -18,7 +18,7 @@ from .calibration import Calibration
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
-from .site import Site, Updates, join_rows
+from .site import Site, Updates, join_rows, sum_by_site
 from .subspace import join_loras
 from .sufficient_statistics import SufficientStatistics
 
@@ -48,7 +48,8 @@ def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
         )
     if not pairs:
         raise LoraError(f"{file.name} holds no LoRA: it has no pair of down and up factors.")
-    updates = {Site.whole(_strip(key), update.out_features): update for key, update in pairs.items()}
+    # a file may name one module in two spellings
+    updates = sum_by_site((Site.whole(_strip(key), update.out_features), update) for key, update in pairs.items())
     source = {"file": file.name, "sha256": sha256(file), **({"metadata": json.dumps(metadata)} if metadata else {})}
     return Lora(file.stem, updates, strength, source)
 
@@ -73,6 +74,8 @@ def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowR
             used.update(parts.values())
             if own == down_end:
                 alpha = tensors.get(parts[".alpha"])
+                if alpha is not None and alpha.numel() != 1:
+                    raise LoraError(f"{name}: {parts['.alpha']} holds {alpha.numel()} numbers, not one; it is damaged.")
                 pairs[prefix] = LowRankUpdate.from_factors(
                     tensors[parts[down_end]],
                     tensors[parts[up_end]],
@@ -116,7 +119,7 @@ def save_lora(
 
 def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     """Write what was measured, without the LoRAs themselves: float64, the upper triangles only."""
-    tensors, sites = {}, []
+    tensors, sites = _context_rows(calibration), []
     for index, (site, statistics) in enumerate(calibration.statistics.items()):
         rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
         tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
@@ -139,7 +142,11 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     tensors, metadata = read_safetensors(file, StatisticsError)
     if metadata.get("ssr.format") != "statistics 1":
         raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
-    subspaces = join_loras(loras)
+    context = {key.removeprefix("context/"): rows for key, rows in tensors.items() if key.startswith("context/")}
+    subspaces = {
+        site: space.with_context(context[site.module]) if space.is_shared and site.module in context else space
+        for site, space in join_loras(loras).items()
+    }
     try:
         entries = json.loads(metadata["ssr.sites"])
         read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
@@ -151,6 +158,15 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     for site, statistics in read.items():
         statistics.check(subspaces[site], f"{file.name}: {site}")
     return Calibration(tuple(loras), subspaces, read)
+
+
+def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
+    """The context rows of each module, (context, in); its sites share them."""
+    rows = {}
+    for site, space in calibration.subspaces.items():
+        if space.context:
+            rows[f"context/{site.module}"] = space.context_rows.contiguous()
+    return rows
 
 
 def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics:
@@ -196,6 +212,5 @@ def sha256(file: Path) -> str:
 
 
 def _strip(key: str) -> str:
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return key
+    """A key without the first of the usual prefixes that it has; only one, a module may be called like another."""
+    return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)

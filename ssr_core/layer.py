@@ -55,6 +55,10 @@ class Layer:
             size = max(1, CHUNK_BYTES // (4 * x.shape[-1]))
             yield from zip(tokens.split(size), written.split(size), strict=True)
 
+    def features(self, piece: Tensor) -> Tensor:
+        """What the layer sees at each position, (tokens, in)."""
+        return piece.movedim(1, -1).flatten(0, -2) if self.is_conv else piece
+
     def project(self, x: Tensor, down: Tensor) -> Tensor:
         """z = down x for every token: (tokens, R). For a convolution the tokens are its output positions."""
         if not self.is_conv:

@@ -102,9 +102,10 @@ def _merge_shared(
     if settings.routing:
         router = torch.lerp(router, solve_router(equations), settings.routing)
     update, energy = route(scaled, router), 1.0
-    if settings.rank:
-        update, truncation = truncate(update, equations.factor, settings.rank)
-        router, energy = router @ truncation.projection, truncation.energy
+    rank = settings.rank or (scaled.rank if scaled.context else 0)  # up R has the rank of `up`: nothing is lost
+    if rank:
+        update, truncation = truncate(update, equations.factor, rank)
+        router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
     kept = residuals(statistics, scaled, router)
     report = SiteReport(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy)
     return update, report

@@ -66,7 +66,8 @@ class NormalEquations:
             SolveError: not positive definite.
         """
         factor, failed = torch.linalg.cholesky_ex(self._scaled)
-        if failed.any():
+        # rounding can lift the pivots of a singular matrix just above zero
+        if failed or factor.diagonal().min() ** 2 < 10 * len(factor) * torch.finfo(torch.float64).eps:
             raise SolveError(
                 f"{self.where}, too little for a joint rank of {len(self.penalties)} at this ridge: the correlation "
                 "matrix is singular. Raise the ridge, or calibrate with more steps or prompts."

@@ -43,7 +43,7 @@ def align_rows(tasks: Sequence[Updates]) -> list[dict[Site, LowRankUpdate]]:
     boundaries: dict[str, set[int]] = {}
     for site in _all_sites(tasks):
         boundaries.setdefault(site.module, set()).update((site.start, site.stop))
-    return [_joined(_cut(updates, boundaries)) for updates in tasks]
+    return [sum_by_site(_cut(updates, boundaries)) for updates in tasks]
 
 
 def join_rows(updates: Updates) -> dict[str, LowRankUpdate]:
@@ -54,7 +54,7 @@ def join_rows(updates: Updates) -> dict[str, LowRankUpdate]:
     return {module: concatenate(parts) for module, parts in grouped.items()}
 
 
-def _joined(pieces: Iterable[tuple[Site, LowRankUpdate]]) -> dict[Site, LowRankUpdate]:
+def sum_by_site(pieces: Iterable[tuple[Site, LowRankUpdate]]) -> dict[Site, LowRankUpdate]:
     """By site; where one LoRA writes twice to the same rows, the sum."""
     grouped: dict[Site, list[LowRankUpdate]] = {}
     for site, update in pieces:

@@ -36,6 +36,19 @@ class Subspace:
         joint = concatenate(_same_layout(present, name))
         return cls(joint.down, joint.up, tuple(0 if update is None else update.rank for update in updates))
 
+    def with_context(self, rows: Tensor) -> Subspace:
+        """The same subspace seeing more: `rows` (context, in) become further rows of `down`.
+
+        For a convolution they look at the centre of the kernel.
+        """
+        if self.context:
+            raise LoraError("This subspace has context rows already; statistics in it cannot be given others.")
+        kernel = self.down.shape[2:]
+        wide = rows.new_zeros(*rows.shape, kernel.numel())
+        wide[..., kernel.numel() // 2] = rows
+        wide = wide.reshape(*rows.shape, *kernel)
+        return Subspace(torch.cat([self.down.float(), wide.float()]), self.up, self.ranks)
+
     @property
     def rank(self) -> int:
         return self.up.shape[1]
@@ -43,6 +56,12 @@ class Subspace:
     @property
     def context(self) -> int:
         return self.down.shape[0] - self.rank
+
+    @property
+    def context_rows(self) -> Tensor:
+        """(context, in): what `with_context` was given."""
+        rows = self.down[self.rank :]
+        return rows.reshape(*rows.shape[:2], -1)[..., rows[0, 0].numel() // 2] if self.context else rows
 
     @cached_property
     def blocks(self) -> tuple[slice, ...]:

@@ -55,10 +55,7 @@ class SufficientStatistics:
                 f"{site}: the statistics were measured with other LoRAs than those to be merged; collect them again."
             )
         if not torch.isfinite(self.gram).all():
-            raise StatisticsError(
-                f"{site}: activations were NaN or infinite while collecting. "
-                "Check that the model makes an image with each LoRA alone, and try another dtype."
-            )
+            raise StatisticsError(not_finite(site))
 
 
 class Accumulator:
@@ -89,3 +86,10 @@ class Accumulator:
         gram[task] = self._gram.to("cpu", torch.float64)
         tokens = tuple(self.tokens if k == task else 0 for k in range(len(subspace.ranks)))
         return SufficientStatistics(gram, tokens, subspace.fingerprint)
+
+
+def not_finite(site: object) -> str:
+    return (
+        f"{site}: activations were NaN or infinite while collecting. "
+        "Check that the model makes an image with each LoRA alone, and try another dtype."
+    )

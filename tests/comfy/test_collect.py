@@ -26,8 +26,9 @@ def bypass_sample(model, one_task, steps=4):
     seen = []
     collector = core.StatisticsCollector([loaded.lora])
     with torch.inference_mode(), collector.recording(0) as recording:
-        sampling = calibrate.Sampling(0, steps, "euler", "simple")
-        calibrate.run_task(model, one_task, loaded.carried, recording, empty_latent(), sampling, seen.append)
+        run = calibrate.Run(0, one_task, one_task.conditioning, calibrate.Sampling(0, steps, "euler", "simple"), False)
+        patcher = calibrate._prepared(model, one_task, loaded.carried)
+        calibrate._sample(patcher, run, recording, empty_latent(), seen.append)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])
@@ -136,9 +137,9 @@ def test_activations_that_are_not_finite_are_named_with_the_layer(tiny_flux):
 def test_bfloat16_models_are_measured_in_full_precision(tiny_flux):
     model = tiny_flux()
     tasks = [task(LORAS["kohya"](), "a"), task(LORAS["generic"](), "b")]
-    exact = collect(model, *tasks).calibration.statistics
+    exact = collect(model, *tasks, context=0).calibration.statistics
     model.set_model_compute_dtype(torch.bfloat16)
-    narrow = collect(model, *tasks).calibration.statistics
+    narrow = collect(model, *tasks, context=0).calibration.statistics
     assert (
         max(relative(narrow[site].gram, exact[site].gram) for site in exact) < 0.05
     )  # bf16 activations differ a little

@@ -26,12 +26,12 @@ def task(lora: StateDict, name: str = "lora", strength: float = 1.0, seeds: tupl
     return sockets.Task(name, lora, strength, [entry for seed in seeds for entry in conditioning(seed)])
 
 
-def collect(model: Any, *tasks: Any, steps: int = 4, batch: int = 1, seed: int = 0) -> Any:
+def collect(model: Any, *tasks: Any, steps: int = 4, batch: int = 1, seed: int = 0, context: int = 16) -> Any:
     """SSR_STATS"""
     return execute(
         node("collect_stats.SSRCollectStats"),
         **{"model": model, "tasks": tasks, "latent": empty_latent(batch=batch), "seed": seed, "steps": steps},
-        **{"sampler_name": "euler", "scheduler": "simple"},
+        **{"sampler_name": "euler", "scheduler": "simple", "context": context},
     )[0]
 
 

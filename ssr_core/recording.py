@@ -1,0 +1,177 @@
+"""Recording: one run of one task on a model, the hooks that listen and the sums behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ModelMismatchError
+from .layer import Layer, compute_dtype
+from .site import Site, canonical
+from .sketch import Sketch
+from .subspace import Subspace
+from .sufficient_statistics import Accumulator, SufficientStatistics
+
+
+class Recording:
+    """One run of one task: the hooks on the model and the sums behind them."""
+
+    def __init__(self, subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int = 0) -> None:
+        self.task = task
+        self.names: dict[str, str] = {}  # how the LoRAs call a module -> how the model does
+        self._taps = _taps(subspaces, task, strength, survey)
+        self._subspaces = subspaces
+        self._handles: list[RemovableHandle] = []
+        self._attached: nn.Module | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the hooks on `model`; does nothing if they are there already."""
+        if self._attached is model:
+            return
+        self.detach()
+        layers = {tap.module: find_layer(model, tap.module) for tap in self._taps}
+        for tap in self._taps:
+            tap.check(layers[tap.module])
+        self._attached = model
+        self.names.update({module: layer.name for module, layer in layers.items()})
+        for tap in self._taps:
+            hook = _hook(tap, layers[tap.module])
+            self._handles.append(layers[tap.module].module.register_forward_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the hooks off; does nothing if there are none."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._attached = None
+
+    @property
+    def heard(self) -> bool:
+        """Whether any of the modules ran while the hooks were on."""
+        return any(tap.fired for tap in self._taps)
+
+    @property
+    def silent(self) -> list[str]:
+        """Modules that should have run and did not."""
+        return [tap.module for tap in self._taps if not tap.fired]
+
+    def sketches(self) -> Iterator[tuple[str, Tensor]]:
+        """What a survey found, for each module that ran."""
+        return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
+
+    def statistics(self) -> Iterator[tuple[Site, SufficientStatistics]]:
+        """What this run adds, for each shared site."""
+        for tap in self._taps:
+            for signal in tap.signals:
+                for site in signal.sites:
+                    if signal.counted:
+                        yield site, signal.sums.compute(self.task, self._subspaces[site])
+
+
+@dataclass(eq=False)
+class _Signal:
+    """One joint `down` of a module and the sites that share it: slices of a fused LoRA need one projection."""
+
+    down: Tensor  # (R, in, *kernel)
+    counted: bool
+    sites: list[Site]
+    updates: list[tuple[Site, slice, Tensor]]  # rows of the output, rows of z, up (out, r) of the running task
+    sums: Accumulator = field(default_factory=Accumulator)
+
+
+@dataclass(eq=False)
+class _Tap:
+    """What the hook on one module needs."""
+
+    module: str
+    signals: list[_Signal]
+    sketch: Sketch | None = None
+    fired: bool = False
+
+    def check(self, layer: Layer) -> None:
+        for signal in self.signals:
+            out, in_numel = signal.sites[0].out_features, signal.down[0].numel()
+            shape = layer.weight_shape
+            if out != shape[0] or in_numel != torch.Size(shape[1:]).numel():
+                raise ModelMismatchError(
+                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer "
+                    f"has the shape {shape}. It was trained for another model."
+                )
+
+
+def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int) -> list[_Tap]:
+    taps: dict[str, _Tap] = {}
+    grouped: dict[tuple[str, str], _Signal] = {}
+    for site, space in subspaces.items():
+        if not (space.is_shared or space.ranks[task]):
+            continue  # neither to be measured nor active now
+        tap = taps.setdefault(site.module, _Tap(site.module, []))
+        key = (site.module, space.fingerprint)
+        if key not in grouped:
+            grouped[key] = _Signal(space.down, space.is_shared and not survey, [], [])
+            tap.signals.append(grouped[key])
+        grouped[key].sites.append(site)
+        if survey and space.is_shared:
+            tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]))
+        if space.ranks[task] and strength:
+            own = space.blocks[task]
+            grouped[key].updates.append((site, own, space.up[:, own].float() * strength))
+    return list(taps.values())
+
+
+def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
+    """The forward hook of one module: project, count, and add the running task's update to the output."""
+    placed: dict[tuple[torch.device, torch.dtype], list[tuple[_Signal, Tensor, list[Tensor]]]] = {}
+
+    def place(device: torch.device, dtype: torch.dtype) -> list[tuple[_Signal, Tensor, list[Tensor]]]:
+        return [
+            (
+                signal,
+                signal.down.reshape(-1, *layer.weight_shape[1:]).to(device, dtype),
+                [up.to(device, dtype) for _, _, up in signal.updates],
+            )
+            for signal in tap.signals
+        ]
+
+    @torch.no_grad()
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        where = (x.device, compute_dtype(x))
+        if where not in placed:
+            placed[where] = place(*where)
+        tap.fired = True
+        result = output.clone(memory_format=torch.contiguous_format)
+        with torch.autocast(x.device.type, enabled=False):
+            for piece, written in layer.chunks(x, result):
+                piece = piece.to(where[1])
+                if tap.sketch is not None:
+                    tap.sketch.update(layer.features(piece))
+                for signal, down, ups in placed[where]:
+                    z = layer.project(piece, down)
+                    if signal.counted:
+                        signal.sums.update(z)
+                    for (site, own, _), up in zip(signal.updates, ups, strict=True):
+                        rows = written[..., site.start : site.stop]
+                        rows += (z[:, own] @ up.mT).reshape(rows.shape)
+        return result
+
+    return hook
+
+
+def find_layer(model: nn.Module, name: str) -> Layer:
+    """The layer of `model` that LoRAs call `name`, in dots or in kohya's underscores.
+
+    Raises:
+        ModelMismatchError: there is none, or it is no linear or conv layer.
+    """
+    modules = dict(model.named_modules())
+    found = name if name in modules else next((m for m in modules if canonical(m) == canonical(name)), None)
+    if found is None or getattr(modules[found], "weight", None) is None:
+        raise ModelMismatchError(
+            f"The model ({type(model).__name__}) has no layer {name!r}. Was the LoRA trained for another model, "
+            "or do its keys carry a prefix that the model's module names lack?"
+        )
+    return Layer(modules[found], found)
