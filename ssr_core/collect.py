@@ -40,6 +40,7 @@ class StatisticsCollector:
             raise LoraError(f"None of {', '.join(lora.name for lora in loras)} holds a low-rank update.")
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._names: dict[str, str] = {}
+        self._surveyed = 0  # context rows that the surveys looked for
         self._surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
 
     @contextmanager
@@ -78,6 +79,7 @@ class StatisticsCollector:
             yield recording
         finally:
             recording.detach()
+        self._surveyed = max(self._surveyed, survey)
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
@@ -86,9 +88,10 @@ class StatisticsCollector:
         self._names.update(recording.names)
 
     def see(self, rows: int = CONTEXT) -> None:
-        """Give every shared subspace the context rows that the surveys found."""
+        """Give every shared subspace the context rows that the surveys found, or the first `rows` of them."""
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
+        rows = min(rows, self._surveyed)
         found = {module: principal_rows(sketched, rows) for module, sketched in self._surveys.items()}
         self.subspaces = {
             site: space.with_context(found[site.module]) if space.is_shared and site.module in found else space

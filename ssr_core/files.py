@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .calibration import Calibration
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
-from .site import Site, Updates, join_rows, sum_by_site
+from .site import Site, Updates, canonical, join_rows, sum_by_site
 from .subspace import join_loras
 from .sufficient_statistics import SufficientStatistics
 
@@ -133,8 +133,6 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
 def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
     """Read what was measured with these LoRAs, given in the same order.
 
-    `loras` must name the model's modules as the collector's calibration does.
-
     Raises:
         StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
     """
@@ -142,19 +140,24 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     tensors, metadata = read_safetensors(file, StatisticsError)
     if metadata.get("ssr.format") != "statistics 1":
         raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
-    context = {key.removeprefix("context/"): rows for key, rows in tensors.items() if key.startswith("context/")}
-    subspaces = {
-        site: space.with_context(context[site.module]) if space.is_shared and site.module in context else space
-        for site, space in join_loras(loras).items()
-    }
     try:
         entries = json.loads(metadata["ssr.sites"])
         read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
         names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
-    if read.keys() != {site for site, space in subspaces.items() if space.is_shared}:
-        raise StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
+    modules = {canonical(site.module): site.module for site in read}
+    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
+    joined = join_loras(loras)
+    other = StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
+    if read.keys() != {site for site, space in joined.items() if space.is_shared}:
+        raise other
+    subspaces = {}
+    for site, space in joined.items():
+        context = tensors.get(f"context/{site.module}") if space.is_shared else None
+        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
+            raise other
+        subspaces[site] = space if context is None else space.with_context(context)
     for site, statistics in read.items():
         statistics.check(subspaces[site], f"{file.name}: {site}")
     return Calibration(tuple(loras), subspaces, read)
@@ -193,13 +196,15 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
     """Write under a temporary name in the same folder, then rename: readers never see half a file."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent)
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what new files get here; save_file makes private ones
         save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -20,6 +20,10 @@ class Lora:
     def with_strength(self, strength: float) -> Lora:
         return replace(self, strength=strength)
 
+    @property
+    def modules(self) -> set[str]:
+        return {site.module for site in self.updates}
+
     def renamed(self, names: Mapping[str, str]) -> Lora:
         """The same LoRA with other names for some modules."""
         updates = {replace(s, module=names.get(s.module, s.module)): update for s, update in self.updates.items()}
@@ -28,7 +32,7 @@ class Lora:
 
 def with_common_names(loras: Sequence[Lora]) -> list[Lora]:
     """Have LoRAs that spell a module in dots and in kohya's underscores use one name, the one with dots."""
-    modules = {site.module for lora in loras for site in lora.updates}
+    modules = set().union(*(lora.modules for lora in loras))
     chosen: dict[str, str] = {}
     for module in sorted(modules, key=lambda name: (name.count("."), name)):
         chosen[canonical(module)] = module

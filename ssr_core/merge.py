@@ -38,7 +38,7 @@ class MergeSettings:
         """Raise SSRError for a value that cannot be meant."""
         if not 0 <= self.routing <= 1:
             raise SSRError(f"routing is {self.routing}; it goes from 0 (the plain stack) to 1 (fully routed).")
-        if self.rank < 0 or (self.rank >= 1 and self.rank != int(self.rank)):
+        if not math.isfinite(self.rank) or self.rank < 0 or (self.rank >= 1 and self.rank != int(self.rank)):
             raise SSRError(f"rank is {self.rank}; give 0 (full), a whole number, or a share of energy between 0 and 1.")
         for name, values in (("strengths", self.strengths), ("weights", self.weights)):
             if values is not None and (len(values) != tasks or not all(map(math.isfinite, values))):
@@ -101,10 +101,12 @@ def _merge_shared(
     router = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
     if settings.routing:
         router = torch.lerp(router, solve_router(equations), settings.routing)
-    update, energy = route(scaled, router), 1.0
-    rank = settings.rank or (scaled.rank if scaled.context else 0)  # up R has the rank of `up`: nothing is lost
-    if rank:
-        update, truncation = truncate(update, equations.factor, rank)
+    # `up` R has the rank of `up`, so the rows of the context cost no rank and cutting to it loses nothing
+    rank = settings.rank or (scaled.rank if scaled.context and settings.routing else 0)
+    if not rank:
+        update, energy = route(scaled, router) if settings.routing else scaled.plain_stack(), 1.0
+    else:
+        update, truncation = truncate(route(scaled, router), equations.factor, rank)
         router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
     kept = residuals(statistics, scaled, router)
     report = SiteReport(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy)

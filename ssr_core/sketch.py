@@ -26,7 +26,7 @@ class Sketch:
 
     def update(self, x: Tensor) -> None:
         """Add tokens. x: (tokens, in), floating point."""
-        test = test_matrix(x.shape[1], self.rank).to(x.device, x.dtype)
+        test = test_matrix(x.shape[1], self.rank + OVERSAMPLING).to(x.device, x.dtype)
         product = x.mT @ (x @ test)
         self._range = product if self._range is None else self._range + product
         self.tokens += x.shape[0]
@@ -38,20 +38,20 @@ class Sketch:
 
 
 @cache
-def test_matrix(width: int, rank: int) -> Tensor:
-    """Omega, (width, min(width, rank + oversampling)): random, orthonormal, the same at every call."""
+def test_matrix(width: int, columns: int) -> Tensor:
+    """Omega, (width, min(width, columns)): random, orthonormal, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    columns = min(width, rank + OVERSAMPLING)
-    return torch.linalg.qr(torch.randn(width, columns, generator=generator, dtype=torch.float64))[0].float()
+    normal = torch.randn(width, min(width, columns), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(normal)[0].float()
 
 
 def principal_rows(sketched: Tensor, rank: int) -> Tensor:
-    """The `rank` leading eigenvectors of C as rows, (rank, in) float32 orthonormal, from C Omega."""
-    test = test_matrix(sketched.shape[0], rank).double()
-    # a small shift keeps the core positive definite; it is taken off the eigenvalues, which are not used
-    shift = torch.finfo(torch.float32).eps * sketched.norm()
+    """The leading eigenvectors of C as rows, at most (rank, in), float32 orthonormal, from C Omega."""
+    test = test_matrix(*sketched.shape).double()
+    # a small shift keeps the core positive definite and leaves the eigenvectors as they are
+    shift = torch.finfo(torch.float32).eps * sketched.norm().clamp_min(torch.finfo(torch.float32).tiny)
     shifted = sketched + shift * test
     core = test.mT @ shifted
-    factor = torch.linalg.cholesky((core + core.mT) / 2 + 1e-12 * shift * torch.eye(len(core), dtype=torch.float64))
+    factor = torch.linalg.cholesky((core + core.mT) / 2)
     basis = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
     return torch.linalg.svd(basis, full_matrices=False)[0][:, :rank].mT.float().contiguous()

@@ -83,6 +83,10 @@ class Subspace:
         block = self.blocks[task]
         return LowRankUpdate(self.down[block], self.up[:, block])
 
+    def plain_stack(self) -> LowRankUpdate:
+        """The sum of all tasks' updates."""
+        return LowRankUpdate(self.down[: self.rank], self.up)
+
     def scaled(self, strengths: Sequence[float]) -> Subspace:
         """The same subspace with each task's update at its strength; the fingerprint does not change."""
         columns = torch.tensor([s for s, r in zip(strengths, self.ranks, strict=True) for _ in range(r)])
