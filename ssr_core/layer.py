@@ -43,8 +43,12 @@ class Layer:
     def is_conv(self) -> bool:
         return len(self.weight_shape) > 2
 
-    def chunks(self, x: Tensor, output: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of x, with the view of `output` (..., out) that holds the same tokens."""
+    def chunks(self, x: Tensor, output: Tensor, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of x, with the view of `output` (..., out) that holds the same tokens.
+
+        Neither a piece, nor its signal of `rank` rows, nor its output takes more than CHUNK_BYTES in float32; only
+        images of a convolution are not divided.
+        """
         if self.is_conv:
             if x.ndim < len(self.weight_shape):  # one image without a batch axis
                 x, output = x[None], output[None]
@@ -52,7 +56,8 @@ class Layer:
             yield from zip(x.split(size), output.movedim(1, -1).split(size), strict=True)
         else:
             tokens, written = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
-            size = max(1, CHUNK_BYTES // (4 * x.shape[-1]))
+            widest = max(x.shape[-1], output.shape[-1], 2 * rank)  # the signal is summed in float64
+            size = max(1, CHUNK_BYTES // (4 * widest))
             yield from zip(tokens.split(size), written.split(size), strict=True)
 
     def features(self, piece: Tensor) -> Tensor:

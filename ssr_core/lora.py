@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .site import Updates, canonical
+from .site import Updates, canonical, sum_by_site
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +26,13 @@ class Lora:
 
     def renamed(self, names: Mapping[str, str]) -> Lora:
         """The same LoRA with other names for some modules."""
-        updates = {replace(s, module=names.get(s.module, s.module)): update for s, update in self.updates.items()}
-        return replace(self, updates=updates)
+        renamed = ((replace(site, module=names.get(site.module, site.module)), u) for site, u in self.updates.items())
+        return replace(self, updates=sum_by_site(renamed))
 
 
 def with_common_names(loras: Sequence[Lora]) -> list[Lora]:
     """Have LoRAs that spell a module in dots and in kohya's underscores use one name, the one with dots."""
     modules = set().union(*(lora.modules for lora in loras))
-    chosen: dict[str, str] = {}
-    for module in sorted(modules, key=lambda name: (name.count("."), name)):
-        chosen[canonical(module)] = module
-    return [lora.renamed({module: chosen[canonical(module)] for module in modules}) for lora in loras]
+    dotted = {canonical(module): module for module in sorted(modules) if "." in module}
+    names = {module: dotted.get(canonical(module), module) for module in modules if "." not in module}
+    return [lora.renamed(names) for lora in loras]

