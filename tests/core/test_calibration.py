@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from synthetic import collect, dense_modules, mlp, random, random_lora, random_update
 from torch import nn
 
 from ssr_core import Calibration, Lora, MergeSettings, Site, StatisticsCollector, StatisticsError, merge
+from synthetic import collect, dense_modules, mlp, random, random_lora, random_update
 
 
 def loras_for(model: nn.Module) -> list[Lora]:

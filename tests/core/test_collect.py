@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from synthetic import collect, dense_modules, mlp, random, random_lora, random_update, relative_error, run
 from torch import nn
 
 from ssr_core import (
@@ -14,6 +13,7 @@ from ssr_core import (
     StatisticsError,
     merge,
 )
+from synthetic import collect, dense_modules, mlp, random, random_lora, random_update, relative_error, run
 
 
 def loras_for(model: nn.Module) -> list[Lora]:

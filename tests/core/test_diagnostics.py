@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from synthetic import calibration_at, dense, measure, random, random_update
 from torch import Tensor
 
 from ssr_core import MergeSettings, Report, Residual, Ridge, Site, SiteReport, Subspace, merge, residuals
+from synthetic import calibration_at, dense, measure, random, random_update
 
 SITE = Site.whole("blocks.0", 6)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synthetic import collect, dense, dense_joined, mlp, random, random_lora, random_update
 from torch import Tensor, nn
 
 from ssr_core import (
@@ -26,6 +25,7 @@ from ssr_core import (
     save_statistics,
     to_state_dict,
 )
+from synthetic import collect, dense, dense_joined, mlp, random, random_lora, random_update
 
 FACTORS = {"blocks.0.q": ((4, 8), (6, 4)), "blocks.1.conv": ((2, 3, 3, 3), (5, 2, 1, 1))}
 ENDS = {

@@ -1,9 +1,9 @@
 """The example of the README, as it stands there, on a model of two layers."""
 
 import torch
-from synthetic import dense_joined, mlp, random, random_lora
 
 import ssr_core
+from synthetic import dense_joined, mlp, random, random_lora
 
 
 def test_loras_of_a_model_become_one_file_and_a_report(tmp_path, monkeypatch, capsys):

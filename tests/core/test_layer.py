@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from synthetic import collect, inputs_of, outputs_of, random, random_lora
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ssr_core import Lora, ModelMismatchError, Site, StatisticsCollector, layer
+from synthetic import collect, inputs_of, outputs_of, random, random_lora
 
 LAYERS = {
     "linear on a vector": (nn.Linear(6, 5), (6,)),

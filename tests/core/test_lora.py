@@ -1,9 +1,9 @@
 """Lora: updates by site with a strength; kohya's and dotted spellings of one module meet."""
 
 import torch
-from synthetic import dense, random_update
 
 from ssr_core import Lora, Site, join_loras
+from synthetic import dense, random_update
 
 
 def lora(name: str, *modules: str, seed: int = 0) -> Lora:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from synthetic import dense, random, random_update
 from torch.nn import functional as F
 
 from ssr_core import LoraError, LowRankUpdate, concatenate
+from synthetic import dense, random, random_update
 
 
 def test_an_update_without_alpha_is_up_times_down():

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from synthetic import calibration_at, collect, dense, dense_modules, measure, mlp, random, random_lora, random_update
 from torch import Tensor
 
 from ssr_core import (
@@ -22,6 +21,7 @@ from ssr_core import (
     route,
     solve_router,
 )
+from synthetic import calibration_at, collect, dense, dense_modules, measure, mlp, random, random_lora, random_update
 
 SITE = Site.whole("blocks.0", 6)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import dense, measure, relative_error
 from torch import Tensor, nn
 
 from ssr_core import (
@@ -22,6 +21,7 @@ from ssr_core import (
     route,
     solve_router,
 )
+from synthetic import dense, measure, relative_error
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "ssr_golden.safetensors")
 TASKS = range(3)

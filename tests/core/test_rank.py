@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from synthetic import dense, random, random_update
 from torch import Tensor
 
 from ssr_core import LowRankUpdate, truncate
 from ssr_core.rank import isotropic_factor
+from synthetic import dense, random, random_update
 
 
 def inputs(count: int = 200) -> Tensor:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from synthetic import dense, measure, random, random_update, relative_error
 from torch import Tensor
 
 from ssr_core import LowRankUpdate, Ridge, SolveError, Subspace, normal_equations, route, solve_router
+from synthetic import dense, measure, random, random_update, relative_error
 
 NO_RIDGE = Ridge(relative=0.0, floor=0.0, absolute=0.0, prior=False)
 ALMOST_NO_RIDGE = Ridge(relative=1e-12, floor=0.0, absolute=0.0, prior=False)

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from synthetic import dense, dense_joined, dense_modules, random_update
 
 from ssr_core import Site, align_rows, join_rows
+from synthetic import dense, dense_joined, dense_modules, random_update
 
 
 def rows(module: str, start: int, stop: int, total: int, rank: int = 2, seed: int = 0):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from synthetic import random
 from torch import Tensor
 
 from ssr_core.sketch import OVERSAMPLING, Sketch, principal_rows, test_matrix
+from synthetic import random
 
 test_matrix.__test__ = False  # no test, whatever its name
 

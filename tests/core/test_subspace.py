@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from synthetic import dense, random, random_update
 
 from ssr_core import Lora, LoraError, LowRankUpdate, Site, Subspace, join_loras
+from synthetic import dense, random, random_update
 
 
 def mixed() -> list[LowRankUpdate | None]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from synthetic import measure, random, random_update
 
 from ssr_core import Accumulator, StatisticsError, Subspace, SufficientStatistics
+from synthetic import measure, random, random_update
 
 
 def space() -> Subspace:
