@@ -37,6 +37,7 @@ def start(comfyui: Path, base_directory: Path) -> ComfyRuntime:
     """Imports ComfyUI for the CPU, with models and outputs in `base_directory`. Once per process."""
     # first, because this repository has a folder nodes/ and ComfyUI a module nodes.py
     sys.path.insert(0, str(comfyui))
+    importlib.import_module("utils.extra_config")  # first in main.py too: an older ComfyUI has a second `utils`
     # main.py parses the command line, and nobody here does: these are the parser's defaults
     args = importlib.import_module("comfy.cli_args").args
     args.cpu = True
