@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: a real ComfyUI merges three small LoRAs by the shared example workflow, and pictures show what came of it.
+
+Run it with `uvx nox -s demo`, which installs what it needs; `uvx nox -s demo -- --serve` keeps the server up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import graphs, picture
+from .scenes import ERROR_SEEDS, LORAS, ROWS
+from .server import ComfyServer, Event, Run, convert_ui_to_api, prepare_base_directory
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "demo" / "assets"
+OUTPUT = ROOT / "demo" / "output"
+WORKFLOW = ROOT / "workflows" / "tiny-demo.json"
+
+MODELS = {
+    "diffusion_models": ["tiny_flux.safetensors"],
+    "text_encoders": ["tiny_clip.safetensors"],
+    "vae_approx": ["taef1_decoder.safetensors", "taef1_encoder.safetensors"],
+    "loras": list(LORAS),
+}
+
+
+def main() -> None:
+    """Merge, compare, and leave demo/output/comparison.png, errors.txt, report.txt and the merged LoRA."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve", action="store_true", help="keep ComfyUI running to play with the workflow")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    with ComfyServer(comfyui_path(), base_directory()) as server:
+        print(f"ComfyUI runs at http://{server.address}")
+        with progress("Merging with workflows/tiny-demo.json") as show:
+            merging = server.run(workflow_graph(server), show)
+        merged = merged_name(server)
+        report = report_of(merging)
+        (OUTPUT / "report.txt").write_text(report + "\n", encoding="utf-8")
+        print(f"\n{report}\n")
+        with progress("Comparing pictures") as show:
+            draw_comparison(server, merged, show)
+        with progress("Measuring errors") as show:
+            table = measure(server, merged, show)
+        (OUTPUT / "errors.txt").write_text(table + "\n", encoding="utf-8")
+        print(f"\n{table}\n")
+        print(f"Merged LoRA  {server.base_directory / 'output' / 'loras' / merged}")
+        print(f"Picture      {OUTPUT / 'comparison.png'}")
+        print(f"{time.perf_counter() - started:.0f} s on {platform.processor() or platform.machine()}")
+        if arguments.serve:
+            serve(server)
+
+
+def comfyui_path() -> Path:
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        sys.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `uvx nox -s demo`, which fetches one.")
+    return Path(path)
+
+
+def base_directory() -> Path:
+    """ComfyUI's folder of models, nodes and outputs for the demo."""
+    return prepare_base_directory(
+        OUTPUT / "comfyui",
+        pack_root=ROOT,
+        models={kind: [ASSETS / name for name in names] for kind, names in MODELS.items()},
+        custom_nodes=sorted(
+            path for path in (ROOT / "demo" / "custom_nodes").iterdir() if (path / "__init__.py").exists()
+        ),
+    )
+
+
+def workflow_graph(server: ComfyServer) -> graphs.Graph:
+    ui = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    return convert_ui_to_api(ui, server.object_info())
+
+
+@contextmanager
+def progress(title: str) -> Iterator:
+    """A bar over the nodes of a workflow; the steps of the running node are told behind it."""
+    with tqdm(desc=title, unit=" nodes", file=sys.stdout) as bar:
+
+        def show(event: Event) -> None:
+            if event.kind == "executing" and event.node is not None:
+                bar.update()
+            elif event.kind == "progress":
+                bar.set_postfix_str(f"step {event.data['value']} of {event.data['max']}")
+
+        yield show
+
+
+def merged_name(server: ComfyServer) -> str:
+    """The newest merged file, by the name that Load LoRA lists."""
+    folder = server.base_directory / "output" / "loras"
+    newest = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    return newest.relative_to(folder).as_posix()
+
+
+def report_of(run: Run) -> str:
+    texts = ["".join(output["text"]) for output in run.outputs.values() if "text" in output]
+    return next(text for text in texts if "plain stack" in text)
+
+
+def draw_comparison(server: ComfyServer, merged: str, show) -> None:
+    graph, places = graphs.comparison(ROWS, merged)
+    outputs = server.run(graph, show).outputs
+    pictures = {}
+    for node, place in places.items():
+        image = outputs[node]["images"][0]
+        pictures[place] = server.base_directory / "output" / image["subfolder"] / image["filename"]
+    sheet = picture.grid(pictures, [row.prompt for row in ROWS], graphs.COLUMNS, graphs.COLUMNS.index("SSR merge"))
+    sheet.save(OUTPUT / "comparison.png")
+
+
+def measure(server: ComfyServer, merged: str, show) -> str:
+    """The table of errors: mean squared velocity difference from the LoRA alone, relative to the base model's."""
+    graph, measured = graphs.measurement(ROWS, ERROR_SEEDS, merged)
+    found = graphs.errors(server.run(graph, show).outputs, measured)
+    columns = [column for column in graphs.COLUMNS if column != "LoRA alone"]
+    width = max(map(len, LORAS))
+    lines = ["Error on held-out prompts and seeds: 0 = the LoRA alone, 1 = the base model without it."]
+    lines.append(" " * width + "".join(f"{column:>15}" for column in columns))
+    for lora in LORAS:
+        lines.append(f"{lora:<{width}}" + "".join(f"{found[lora, column]:>15.3f}" for column in columns))
+    means = [sum(found[lora, column] for lora in LORAS) / len(LORAS) for column in columns]
+    lines.append(f"{'mean':<{width}}" + "".join(f"{mean:>15.3f}" for mean in means))
+    return "\n".join(lines)
+
+
+def serve(server: ComfyServer) -> None:
+    print(f"\nOpen http://{server.address} and drop {WORKFLOW} onto the page. Ctrl+C stops the server.")
+    try:
+        while True:
+            server.check_alive()
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    main()

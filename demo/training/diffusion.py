@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ComfyUI's Flux at 128 channels, trained by flow matching: x_sigma = (1 - sigma) x + sigma noise, and the model
+predicts noise - x."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.ldm.flux.model
+import comfy.ops
+import tiny_clip
+import torch
+import world
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import storage
+from .autoencoder import keeper, latents_of, pixels_of
+from .captions import Captions, stray_words, wordings_with_strays
+from .latents import CHANNELS
+from .optimization import optimize
+
+# what comfy.model_detection reads from the shapes of the weights (FluxSchnell: no guidance, shift 1)
+CONFIG = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "patch_size": 2,
+    "hidden_size": 128,
+    "num_heads": 1,
+    "mlp_ratio": 4.0,
+    "depth": 1,
+    "depth_single_blocks": 5,
+    "context_in_dim": tiny_clip.WIDTH,
+    "vec_in_dim": tiny_clip.WIDTH,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+ABOUT = "Flux architecture with 128 channels, 1 double and 5 single blocks, for pictures of 128 x 128 pixels"
+
+
+def new_model() -> nn.Module:
+    """Fresh weights: every block starts as the identity and the output as zero."""
+    model = comfy.ldm.flux.model.Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **CONFIG)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        elif name.endswith("bias") or any(part in name for part in ("_mod.", "modulation.", "final_layer.")):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        # the blocks add to their input in place, but autograd needs what the norms saw
+        norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+    return model
+
+
+def base_model() -> nn.Module:
+    """The trained model, frozen."""
+    model = new_model()
+    model.load_state_dict(storage.load("tiny_flux"))
+    return model.requires_grad_(False)
+
+
+def train_base(steps: int, batch: int) -> None:
+    """Makes tiny_flux.safetensors from ordinary scenes only: no character, no style, none of their names."""
+    words, rng = stray_words(1500), random.Random(6)
+    course = Lesson.on(list(world.ordinary_scenes()), lambda scene: wordings_with_strays(scene, words, rng))
+    model = new_model().requires_grad_(True)
+    matrices = [p for name, p in model.named_parameters() if "_blocks." in name and p.ndim == 2]
+    keep = keeper("tiny_flux", model, description=ABOUT, steps=steps, batch=batch)
+    optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, 2e-3, keep, matrices)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Latents (N, 16, 16, 16) with C wordings each: wording c of picture n is caption n C + c."""
+
+    latents: Tensor
+    captions: Captions
+
+    @classmethod
+    def on(cls, scenes: list[world.Scene], wording: Callable[[world.Scene], list[str]]) -> Lesson:
+        texts = [text for scene in scenes for text in wording(scene)]
+        return cls(latents_of(pixels_of(scenes)), Captions.encode(texts))
+
+    def loss(self, model: nn.Module, batch: int) -> Tensor:
+        """Mean squared error of the velocity over a random batch with stratified noise levels."""
+        n = torch.randint(len(self.latents), (batch,))
+        wordings = len(self.captions.pooled) // len(self.latents)
+        c = n * wordings + torch.randint(wordings, (batch,))
+        x, noise = self.latents[n], torch.randn(batch, *self.latents.shape[1:])
+        sigma = (torch.randperm(batch) + torch.rand(batch)) / batch
+        noisy = torch.lerp(x, noise, sigma.view(-1, 1, 1, 1))
+        velocity = model(noisy, sigma, self.captions.tokens[c], y=self.captions.pooled[c])
+        return functional.mse_loss(velocity, noise - x)
