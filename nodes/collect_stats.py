@@ -18,7 +18,7 @@ from ..ssr_core.collect import CONTEXT
 from .calibrate import Sampling, calibrate, plan
 from .patches import read_task
 from .provenance import describe
-from .sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, Stats, Task, schema
+from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -43,6 +43,7 @@ class SSRCollectStats(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=FIXED,
                     tooltip="Of the calibration samples' noise; the same for every LoRA.",
                 ),
                 io.Int.Input(
@@ -102,7 +103,7 @@ class SSRCollectStats(io.ComfyNode):
             on_step=_progress(model, sum(run.steps for run in runs)),
             on_run=lambda number: _say(cls, f"{number + 1} of {len(runs)}: {runs[number].task.name}"),
         )
-        _say(cls, _summary(calibration, tasks, steps, time.perf_counter() - started))
+        _say(cls, _summary(calibration, tasks, time.perf_counter() - started))
         provenance = describe(model, loaded, tasks, sampling)
         return io.NodeOutput(Stats(calibration, tuple(one.carried for one in loaded), silent, provenance))
 
@@ -119,12 +120,11 @@ def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
     return on_step
 
 
-def _summary(calibration: Calibration, tasks: tuple[Task, ...], steps: int, seconds: float) -> str:
+def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:
     prompts = sum(len(task.conditioning) for task in tasks)
     return (
-        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites, {len(calibration.statistics)} shared\n"
-        f"{min(calibration.tokens, default=0):,} tokens a LoRA at least ({prompts} prompts, {steps} steps)\n"
-        f"{seconds:.1f} s"
+        f"{len(tasks)} LoRAs. {len(calibration.subspaces)} sites, {len(calibration.statistics)} shared. "
+        f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
     )
 
 

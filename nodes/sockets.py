@@ -28,6 +28,9 @@ def schema(**fields: Any) -> io.Schema:
 # folds an input away in the frontend, where ComfyUI knows how
 ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
 
+# a seed that stays: by default the frontend makes a new one each time, and all would be collected again
+FIXED: Any = getattr(getattr(io, "ControlAfterGenerate", None), "fixed", None)
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
