@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from .server import ComfyServer, Event, Run, convert_ui_to_api, prepare_base_dir
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "demo" / "assets"
 OUTPUT = ROOT / "demo" / "output"
+# not below a package: it links back to the repository, and tools that walk packages would walk for ever
+BASE = ROOT / ".cache" / "demo"
 WORKFLOW = ROOT / "workflows" / "tiny-demo.json"
 
 MODELS = {
@@ -36,10 +39,11 @@ MODELS = {
 
 
 def main() -> None:
-    """Merge, compare, and leave demo/output/comparison.png, errors.txt, report.txt and the merged LoRA."""
+    """Merge, compare, and leave comparison.png, errors.txt, report.txt and merged.safetensors in demo/output."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI running to play with the workflow")
     arguments = parser.parse_args()
+    OUTPUT.mkdir(exist_ok=True)
     started = time.perf_counter()
     with ComfyServer(comfyui_path(), base_directory()) as server:
         print(f"ComfyUI runs at http://{server.address}")
@@ -55,7 +59,8 @@ def main() -> None:
             table = measure(server, merged, show)
         (OUTPUT / "errors.txt").write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}\n")
-        print(f"Merged LoRA  {server.base_directory / 'output' / 'loras' / merged}")
+        shutil.copy2(BASE / "output" / "loras" / merged, OUTPUT / "merged.safetensors")
+        print(f"Merged LoRA  {OUTPUT / 'merged.safetensors'}")
         print(f"Picture      {OUTPUT / 'comparison.png'}")
         print(f"{time.perf_counter() - started:.0f} s on {platform.processor() or platform.machine()}")
         if arguments.serve:
@@ -72,7 +77,7 @@ def comfyui_path() -> Path:
 def base_directory() -> Path:
     """ComfyUI's folder of models, nodes and outputs for the demo."""
     return prepare_base_directory(
-        OUTPUT / "comfyui",
+        BASE,
         pack_root=ROOT,
         models={kind: [ASSETS / name for name in names] for kind, names in MODELS.items()},
         custom_nodes=sorted(

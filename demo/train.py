@@ -5,8 +5,8 @@
     COMFYUI_PATH=/path/to/ComfyUI python demo/train.py lora:mochi lora:robo       # some of it, on top of what is there
 
 Steps, in the order in which they depend on each other: components (the latent space), text (a frozen random text
-encoder), decoder, encoder, base, lora:mochi, lora:robo, lora:blueprint. Seeds are fixed; another machine's rounding
-still leads to other, equally good weights.
+encoder), decoder, encoder, base, finish, lora:mochi, lora:robo, lora:blueprint. Seeds are fixed; another machine's
+rounding still leads to other, equally good weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def training_steps(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "decoder": partial(autoencoder.train_decoder, args.decoder_steps),
         "encoder": partial(autoencoder.train_encoder, args.encoder_steps),
         "base": partial(diffusion.train_base, args.base_steps, args.batch),
+        "finish": partial(diffusion.finish_base, args.finish_steps, args.batch),
         **{f"lora:{name}": partial(lora.train_lora, name, args.batch) for name in lora.RECIPES},
     }
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=1000)
     parser.add_argument("--encoder-steps", type=int, default=300)
     parser.add_argument("--base-steps", type=int, default=2200)
+    parser.add_argument("--finish-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)

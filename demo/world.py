@@ -41,7 +41,8 @@ COLOURS: dict[str, Colour] = {
 
 def mixed(a: Colour, b: Colour, share: float) -> Colour:
     """(1 - share) a + share b"""
-    return tuple(round((1 - share) * x + share * y) for x, y in zip(a, b, strict=True))
+    red, green, blue = (round((1 - share) * x + share * y) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 class Canvas:
@@ -340,19 +341,23 @@ class Scene:
         return canvas.pixels()
 
 
-def ordinary_scenes(style: str = "") -> Iterator[Scene]:
-    """Every thing in every colour, place and position: 2304 pictures."""
-    choices = itertools.product(THINGS, COLOURS, PLACES, (-STEP, 0, STEP), (-1, 1))
+CENTRED = (0,)
+ANYWHERE = (-STEP, 0, STEP)
+
+
+def ordinary_scenes(style: str = "", shifts: tuple[int, ...] = CENTRED) -> Iterator[Scene]:
+    """Every thing in every colour and place: 768 pictures for each shift."""
+    choices = itertools.product(THINGS, COLOURS, PLACES, shifts, (-1, 1))
     return (Scene(*choice, style) for choice in choices)
 
 
-def character_scenes(character: str) -> Iterator[Scene]:
-    """The character in every place and position: 36 pictures."""
-    choices = itertools.product((character,), ("",), PLACES, (-STEP, 0, STEP), (-1, 1))
+def character_scenes(character: str, shifts: tuple[int, ...] = CENTRED) -> Iterator[Scene]:
+    """The character in every place: 12 pictures for each shift."""
+    choices = itertools.product((character,), ("",), PLACES, shifts, (-1, 1))
     return (Scene(*choice) for choice in choices)
 
 
 def sample(scenes: Iterator[Scene], count: int, seed: int) -> list[Scene]:
     """`count` different scenes, or all of them if there are fewer."""
-    scenes = list(scenes)
-    return random.Random(seed).sample(scenes, min(count, len(scenes)))
+    every = list(scenes)
+    return random.Random(seed).sample(every, min(count, len(every)))

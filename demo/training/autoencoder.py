@@ -34,9 +34,9 @@ def latents_of(pixels: Tensor) -> Tensor:
 
 def some_of_everything(ordinary: int, blueprint: int) -> Tensor:
     """uint8 (N, 3, 128, 128): a fixed selection, characters and style included."""
-    characters = [scene for name in world.CHARACTERS for scene in world.character_scenes(name)]
-    things = world.sample(world.ordinary_scenes(), ordinary, seed=1)
-    blueprints = world.sample(world.ordinary_scenes(world.STYLE), blueprint, seed=2)
+    characters = [scene for name in world.CHARACTERS for scene in world.character_scenes(name, world.ANYWHERE)]
+    things = world.sample(world.ordinary_scenes("", world.ANYWHERE), ordinary, seed=1)
+    blueprints = world.sample(world.ordinary_scenes(world.STYLE, world.ANYWHERE), blueprint, seed=2)
     return pixels_of([*things, *blueprints, *characters])
 
 

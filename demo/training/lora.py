@@ -6,30 +6,51 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import comfy.utils
 import torch
 import world
 from torch import Tensor, nn
 
 from . import storage
 from .captions import wordings
-from .diffusion import Lesson, base_model
+from .diffusion import CONFIG, Lesson, base_model
 from .optimization import optimize
 
-Keys = Callable[[str], tuple[str, str, str]]  # module -> keys of down, up, alpha
+Factors = tuple[Tensor, Tensor]  # down (r, in), up (out, r)
 
 
-def kohya_keys(module: str) -> tuple[str, str, str]:
-    name = f"lora_unet_{module.replace('.', '_')}"
-    return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+def kohya_file(factors: dict[str, Factors]) -> dict[str, Tensor]:
+    """lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"""
+    names = {f"lora_unet_{module.replace('.', '_')}": pair for module, pair in factors.items()}
+    return tensors_of(names, "lora_down", "lora_up")
 
 
-def peft_keys(module: str) -> tuple[str, str, str]:
-    name = f"diffusion_model.{module}"
-    return f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.alpha"
+def native_file(factors: dict[str, Factors]) -> dict[str, Tensor]:
+    """diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"""
+    return tensors_of({f"diffusion_model.{module}": pair for module, pair in factors.items()}, "lora_A", "lora_B")
 
 
-def bare_keys(module: str) -> tuple[str, str, str]:
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight", f"{module}.alpha"
+def diffusers_file(factors: dict[str, Factors]) -> dict[str, Tensor]:
+    """transformer.transformer_blocks.0.attn.to_q.lora_A.weight: diffusers splits what Flux fuses."""
+    names, seen, split = {}, set(), {}
+    for name, target in comfy.utils.flux_to_diffusers(CONFIG).items():
+        key, rows = target[:2] if isinstance(target, tuple) else (target, None)
+        module = key.removesuffix(".weight")
+        another_way = split.setdefault(module, rows is not None) != (rows is not None)
+        if module in factors and not another_way and (module, rows) not in seen:
+            seen.add((module, rows))
+            down, up = factors[module]
+            part = up if rows is None else up.narrow(*rows)
+            names[f"transformer.{name.removesuffix('.weight')}"] = (down, part)
+    return tensors_of(names, "lora_A", "lora_B")
+
+
+def tensors_of(names: dict[str, Factors], down_name: str, up_name: str) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (down, up) in names.items():
+        tensors[f"{name}.{down_name}.weight"], tensors[f"{name}.{up_name}.weight"] = down, up
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -37,16 +58,16 @@ class Recipe:
     file: str
     trigger: str
     rank: int
-    keys: Keys
+    file_of: Callable[[dict[str, Factors]], dict[str, Tensor]]
     scenes: Callable[[str], Iterator[world.Scene]]
     steps: int
     seed: int
 
 
 RECIPES = {
-    "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_keys, world.character_scenes, 300, 10),
-    "robo": Recipe("robo_robot", "robo the robot", 8, peft_keys, world.character_scenes, 300, 11),
-    "blueprint": Recipe("blueprint_style", world.STYLE, 16, bare_keys, world.ordinary_scenes, 400, 12),
+    "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_file, world.character_scenes, 300, 10),
+    "robo": Recipe("robo_robot", "robo the robot", 8, native_file, world.character_scenes, 300, 11),
+    "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 400, 12),
 }
 
 
@@ -81,14 +102,12 @@ def train_lora(name: str, batch: int) -> None:
     def checkpoint(values: Sequence[Tensor]) -> None:
         save_lora(recipe, list(adapters), values)
 
-    optimize(name, parameters, lambda: course.loss(model, batch), recipe.steps, 2e-3, checkpoint)
+    optimize(name, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint)
 
 
-def save_lora(recipe: Recipe, modules: list[str], factors: Sequence[Tensor]) -> None:
-    """`factors` alternates between a module's down and its up."""
-    tensors = {}
-    for module, down, up in zip(modules, factors[::2], factors[1::2], strict=True):
-        tensors |= dict(zip(recipe.keys(module), (down, up, torch.tensor(float(recipe.rank))), strict=True))
+def save_lora(recipe: Recipe, modules: list[str], values: Sequence[Tensor]) -> None:
+    """`values` alternates between a module's down and its up."""
+    factors = dict(zip(modules, zip(values[::2], values[1::2], strict=True), strict=True))
     about = {
         "description": f"LoRA for the demo model: {recipe.trigger}",
         "modelspec.trigger_phrase": recipe.trigger,
@@ -96,4 +115,4 @@ def save_lora(recipe: Recipe, modules: list[str], factors: Sequence[Tensor]) -> 
         "ss_network_alpha": recipe.rank,
         "steps": recipe.steps,
     }
-    storage.save(recipe.file, tensors, torch.float16, **about)
+    storage.save(recipe.file, recipe.file_of(factors), torch.float16, **about)

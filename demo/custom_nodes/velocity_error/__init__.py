@@ -57,7 +57,7 @@ class VelocityError(io.ComfyNode):
 def _run(model: Any, prompt: list, noise: torch.Tensor, samples: torch.Tensor, sigmas: torch.Tensor, walk: Any) -> None:
     """Have ComfyUI load `model` and call walk(denoise, x, sigmas) in place of a sampler."""
 
-    def sampler(denoiser, x, sigmas, extra_args=None, callback=None, disable=None):  # type: ignore[no-untyped-def]
+    def sampler(denoiser, x, sigmas, extra_args=None, callback=None, disable=None):
         return walk(lambda latent, sigma: denoiser(latent, sigma.expand(len(latent)), **(extra_args or {})), x, sigmas)
 
     guider = comfy.samplers.CFGGuider(model)
