@@ -124,7 +124,8 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
         rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
         tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
         where = [site.module, site.start, site.stop, site.out_features]
-        sites.append({"site": where, "tokens": statistics.tokens, "fingerprint": statistics.fingerprint})
+        counts = {"tokens": statistics.tokens, "samples": statistics.samples}
+        sites.append({"site": where, "fingerprint": statistics.fingerprint, **counts})
     loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
     header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
     write_safetensors(tensors, path, header)
@@ -178,7 +179,8 @@ def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics
     gram = torch.zeros(packed.shape[0], size, size, dtype=torch.float64)
     gram[:, rows, columns] = packed.double()
     gram[:, columns, rows] = packed.double()
-    return SufficientStatistics(gram, tuple(map(int, entry["tokens"])), str(entry["fingerprint"]))  # type: ignore[call-overload]
+    tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
+    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples)
 
 
 def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:

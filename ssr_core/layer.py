@@ -60,6 +60,10 @@ class Layer:
             size = max(1, CHUNK_BYTES // (4 * widest))
             yield from zip(tokens.split(size), written.split(size), strict=True)
 
+    def samples(self, x: Tensor) -> int:
+        """The size of the batch: each of its entries is one image at one step."""
+        return len(x) if x.ndim >= len(self.weight_shape) else 1
+
     def features(self, piece: Tensor) -> Tensor:
         """What the layer sees at each position, (tokens, in)."""
         return piece.movedim(1, -1).flatten(0, -2) if self.is_conv else piece

@@ -147,6 +147,8 @@ def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
         if where not in placed:
             placed[where] = place(*where)
         tap.fired = True
+        for signal in tap.signals:
+            signal.sums.samples += layer.samples(x)
         result = output.clone(memory_format=torch.contiguous_format)
         with torch.autocast(x.device.type, enabled=False):
             for piece, written in layer.chunks(x, result, rank):

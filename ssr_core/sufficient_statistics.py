@@ -21,6 +21,10 @@ class SufficientStatistics:
     gram: Tensor  # (K, R, R) float64; gram[k] = sum of z z^T over task k's tokens, z = down @ x
     tokens: tuple[int, ...]  # (K,)
     fingerprint: str  # of the subspace they were measured in
+    samples: tuple[int, ...] = ()  # (K,) images and steps that the tokens come from; their number if nothing is known
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.samples or self.tokens)
 
     @classmethod
     def empty(cls, subspace: Subspace) -> SufficientStatistics:
@@ -36,7 +40,8 @@ class SufficientStatistics:
                 "collect them again with the same LoRAs."
             )
         tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True))
-        return SufficientStatistics(self.gram + other.gram, tokens, self.fingerprint)
+        samples = tuple(a + b for a, b in zip(self.samples, other.samples, strict=True))
+        return SufficientStatistics(self.gram + other.gram, tokens, self.fingerprint, samples)
 
     def without(self, task: int, subspace: Subspace) -> SufficientStatistics:
         """What would have been measured had task `task` never been there. `subspace` is the one they belong to."""
@@ -46,6 +51,7 @@ class SufficientStatistics:
             self.gram[kept][:, rows][:, :, rows],
             tuple(self.tokens[k] for k in kept),
             subspace.without(task).fingerprint,
+            tuple(self.samples[k] for k in kept),
         )
 
     def check(self, subspace: Subspace, site: object) -> None:
@@ -66,6 +72,7 @@ class Accumulator:
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.samples = 0
         self._gram: Tensor | None = None
 
     def update(self, z: Tensor) -> None:
@@ -85,8 +92,11 @@ class Accumulator:
         gram = empty.gram.clone()
         summed = self._gram.to("cpu", torch.float64)
         gram[task] = (summed + summed.mT) / 2  # products are symmetric only to rounding
-        tokens = tuple(self.tokens if k == task else 0 for k in range(len(subspace.ranks)))
-        return SufficientStatistics(gram, tokens, subspace.fingerprint)
+        tokens, samples = (
+            tuple(count if k == task else 0 for k in range(len(subspace.ranks)))
+            for count in (self.tokens, self.samples or self.tokens)
+        )
+        return SufficientStatistics(gram, tokens, subspace.fingerprint, samples)
 
 
 def not_finite(site: object) -> str:
