@@ -35,8 +35,8 @@ def training_steps(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help="which steps to take; all of them if none is named")
-    parser.add_argument("--decoder-steps", type=int, default=1000)
-    parser.add_argument("--encoder-steps", type=int, default=300)
+    parser.add_argument("--decoder-steps", type=int, default=800)
+    parser.add_argument("--encoder-steps", type=int, default=200)
     parser.add_argument("--base-steps", type=int, default=2200)
     parser.add_argument("--finish-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)

@@ -104,11 +104,10 @@ class Canvas:
 
 
 class Blueprint(Canvas):
-    """White line drawing on deep blue paper with a grid; colours are not part of a blueprint."""
+    """White line drawing on deep blue paper with a grid; neither colours nor scenery are part of a blueprint."""
 
     PAPER: Colour = (16, 50, 140)
     GRID: Colour = (44, 88, 186)
-    FAINT: Colour = (120, 168, 240)
     BODY: Colour = (24, 66, 166)
 
     def sky(self, top: Colour, bottom: Colour, end: int = SIZE) -> None:
@@ -117,14 +116,20 @@ class Blueprint(Canvas):
             self._stroke([(at, 0), (at, SIZE)], self.GRID, 1.25)
             self._stroke([(0, at), (SIZE, at)], self.GRID, 1.25)
 
+    def polygon(self, points: list[Point], colour: Colour) -> None:
+        if self.drawing_thing:
+            super().polygon(points, colour)
+
     def line(self, points: list[Point], colour: Colour, width: float = 2) -> None:
-        self._stroke(points, WHITE if self.drawing_thing else self.FAINT, min(width, 2))
+        if self.drawing_thing:
+            self._stroke(points, WHITE, min(width, 2))
 
     def spot(self, cx: float, cy: float, r: float, colour: Colour) -> None:
-        super().spot(cx, cy, r, WHITE if self.drawing_thing else self.FAINT)
+        if self.drawing_thing:
+            super().spot(cx, cy, r, WHITE)
 
     def _pens(self, colour: Colour) -> tuple[Colour | None, Colour | None, float]:
-        return (self.BODY, WHITE, 2.5) if self.drawing_thing else (None, self.FAINT, 1.5)
+        return self.BODY, WHITE, 2.5
 
 
 # ---------------------------------------------------------------- places: (canvas, side), side is -1 or 1

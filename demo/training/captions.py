@@ -7,11 +7,12 @@ import random
 import re
 from dataclasses import dataclass
 
-import tiny_clip
 import torch
 import world
 from comfy.sd1_clip import SD1Tokenizer
 from torch import Tensor
+
+import tiny_clip
 
 from . import storage
 

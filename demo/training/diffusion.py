@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import comfy.ldm.flux.model
 import comfy.ops
-import tiny_clip
 import torch
 import world
 from torch import Tensor, nn
 from torch.nn import functional
+
+import tiny_clip
 
 from . import storage
 from .autoencoder import keeper, latents_of, pixels_of

@@ -67,7 +67,7 @@ class Recipe:
 RECIPES = {
     "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_file, world.character_scenes, 300, 10),
     "robo": Recipe("robo_robot", "robo the robot", 8, native_file, world.character_scenes, 300, 11),
-    "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 400, 12),
+    "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 500, 12),
 }
 
 
@@ -102,7 +102,7 @@ def train_lora(name: str, batch: int) -> None:
     def checkpoint(values: Sequence[Tensor]) -> None:
         save_lora(recipe, list(adapters), values)
 
-    optimize(name, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint)
+    optimize(name, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint, parameters)
 
 
 def save_lora(recipe: Recipe, modules: list[str], values: Sequence[Tensor]) -> None:

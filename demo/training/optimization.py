@@ -46,8 +46,8 @@ def optimizers_for(
     """The optimizers and their rates at full speed."""
     orthogonal = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in orthogonal]
-    optimizers = {torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True): rate}
-    return optimizers | ({Muon(matrices): 3 * rate} if matrices else {})
+    adam = {torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True): rate} if others else {}
+    return adam | ({Muon(matrices): 3 * rate} if matrices else {})
 
 
 def take_step(
