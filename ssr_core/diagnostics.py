@@ -23,20 +23,21 @@ class Residual:
     merge: float  # distance of the merge from the LoRA alone
 
 
-def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor) -> tuple[Residual, ...]:
+def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor | None = None) -> tuple[Residual, ...]:
     """(K,) how far base, plain stack and merge are from each LoRA alone, on that LoRA's own tokens.
 
     Args:
         scaled: the subspace with each task at its strength.
-        router: (rank, R), as it is in the result: blended and truncated.
+        router: (rank, R), as it is in the result: blended and truncated. None is the plain stack.
     """
     energy = (scaled.up.mT.double() @ scaled.up.double()).cpu()  # |up c|^2 = c^T energy c
-    plain = torch.eye(scaled.rank, router.shape[1], dtype=torch.float64)
+    plain = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+    routers = (torch.zeros_like(plain), plain, plain if router is None else router)
     found = []
     for gram, block in zip(statistics.gram, scaled.blocks, strict=True):
         alone = torch.zeros_like(plain)
         alone[block] = plain[block]
-        found.append(Residual(*(_squared(energy, r - alone, gram) for r in (torch.zeros_like(plain), plain, router))))
+        found.append(Residual(*(_squared(energy, r - alone, gram) for r in routers)))
     return tuple(found)
 
 

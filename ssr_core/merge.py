@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from .calibration import Calibration
 from .diagnostics import Report, SiteReport, residuals
@@ -29,7 +30,7 @@ class MergeSettings:
     routing: float = 1.0  # 0 = the plain stack, 1 = fully routed
     strengths: tuple[float, ...] | None = None  # (K,) instead of the LoRAs' own
     weights: tuple[float, ...] | None = None  # (K,) how much each task's tokens count
-    balanced: bool = True  # whether a task counts the same however many tokens it saw
+    balanced: bool = True  # whether tasks count the same however strong they are and however many tokens they saw
     count_absent: bool = True  # whether tokens of a task count where it has no LoRA, to be left alone there
 
     PAPER: ClassVar[MergeSettings]
@@ -81,11 +82,13 @@ def merge(
     strengths = settings.strengths or tuple(lora.strength for lora in calibration.loras)
     updates: dict[Site, LowRankUpdate] = {}
     reports: list[SiteReport] = []
+    weights = _weights(calibration, settings)
     for done, (site, space) in enumerate(calibration.subspaces.items()):
         on_site(done, len(calibration.subspaces))
         scaled = space.scaled(strengths)
         if space.is_shared:
-            update, report = _merge_shared(site, scaled, _statistics_of(calibration, site, space), settings)
+            statistics = _statistics_of(calibration, site, space)
+            update, report = _merge_shared(site, scaled, statistics, weights[site], settings)
         else:
             update, report = _pass_through(site, scaled, settings)
         updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
@@ -94,9 +97,8 @@ def merge(
 
 
 def _merge_shared(
-    site: Site, scaled: Subspace, statistics: SufficientStatistics, settings: MergeSettings
+    site: Site, scaled: Subspace, statistics: SufficientStatistics, weights: Sequence[float], settings: MergeSettings
 ) -> tuple[LowRankUpdate, SiteReport]:
-    weights = _weights(statistics, scaled, settings)
     equations = normal_equations(statistics, scaled, weights, settings.ridge, site)
     router = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
     if settings.routing:
@@ -122,15 +124,37 @@ def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tupl
     return update, SiteReport(site, scaled.ranks, update.rank, energy=energy)
 
 
-def _weights(statistics: SufficientStatistics, subspace: Subspace, settings: MergeSettings) -> list[float]:
-    """(K,) what each task's sums are multiplied with."""
-    weights = list(settings.weights or [1.0] * len(statistics.tokens))
-    if settings.balanced and (seen := [n for n in statistics.tokens if n]):
-        mean = sum(seen) / len(seen)
-        weights = [w * mean / n if n else 0.0 for w, n in zip(weights, statistics.tokens, strict=True)]
-    if not settings.count_absent:
-        weights = [w if rank else 0.0 for w, rank in zip(weights, subspace.ranks, strict=True)]
+def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
+    """(K,) for each shared site: what each task's sums are multiplied with."""
+    given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
+    effects = _effects(calibration) if settings.balanced else {}
+    weights = {}
+    for site, space in calibration.subspaces.items():
+        there = 1 if settings.count_absent else torch.tensor(space.ranks) > 0
+        weights[site] = (given * there / effects.get(site.module, 1)).tolist()
     return weights
+
+
+def _effects(calibration: Calibration) -> dict[str, Tensor]:
+    """(K,) for each module: the sum over task k's tokens of |up_k z_k|^2, at strength 1.
+
+    Least squares over all tokens as they are would serve the strongest LoRA and let its cross-talk drown the others: a
+    style often writes ten times what a subject does. Divided by their effects, all have the same share in the error.
+    """
+    effects: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    for site, statistics in calibration.statistics.items():
+        found = effects.setdefault(site.module, torch.zeros(len(statistics.tokens), dtype=torch.float64))
+        found += torch.tensor([r.base for r in residuals(statistics, calibration.subspaces[site])], dtype=torch.float64)
+        tokens[site.module] = torch.tensor(statistics.tokens, dtype=torch.float64)
+    return {module: _filled(found, tokens[module]) for module, found in effects.items()}
+
+
+def _filled(effects: Tensor, tokens: Tensor) -> Tensor:
+    """Where a task has no effect, what the others have on average on as many tokens."""
+    there = (effects > 0) & (tokens > 0)
+    mean = (effects[there] / tokens[there]).mean() if there.any() else torch.ones((), dtype=torch.float64)
+    return torch.where(there, effects, mean * tokens.clamp_min(1))
 
 
 def _statistics_of(calibration: Calibration, site: Site, space: Subspace) -> SufficientStatistics:

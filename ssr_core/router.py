@@ -29,23 +29,29 @@ class Ridge:
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
-    floor: float = 1e-6  # of the mean diagonal entry of a task's block, for rows that saw nothing
+    scarcity: float = 0.1  # per sample, a fraction of the mean diagonal entry of a task's rows: see `penalties`
+    floor: float = 1e-6  # the same, however many samples: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
     prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
 
     PAPER: ClassVar[Ridge]
 
-    def penalties(self, correlation: Tensor, subspace: Subspace, tokens: float) -> Tensor:
-        """(R,) the diagonal of D."""
+    def penalties(self, correlation: Tensor, subspace: Subspace, tokens: float, samples: float) -> Tensor:
+        """(R,) the diagonal of D.
+
+        After few samples (images and steps) a row may look silent only because it was not seen yet. A fraction of its
+        own diagonal entry would then hardly bind it, so part of the penalty is taken from the mean of its block.
+        """
         diagonal = correlation.diagonal()
         blocks = [*subspace.blocks, slice(subspace.rank, None)]
         means = torch.cat([diagonal[b].mean().expand_as(diagonal[b]) for b in blocks if diagonal[b].numel()])
         # a block that saw nothing at all has no scale of its own; any positive penalty then gives the prior
-        floor = torch.where(means > 0, means, torch.ones_like(means)) * self.floor
+        means = torch.where(means > 0, means, torch.ones_like(means))
+        floor = means * (self.floor + self.scarcity / max(samples, 1.0))
         return self.relative * diagonal + floor + self.absolute * tokens
 
 
-Ridge.PAPER = Ridge(relative=0.0, floor=0.0, absolute=1e-4, prior=False)
+Ridge.PAPER = Ridge(relative=0.0, scarcity=0.0, floor=0.0, absolute=1e-4, prior=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +114,8 @@ def normal_equations(
     guide = torch.cat([gram[block] for gram, block in zip(weighted, subspace.blocks, strict=True)])
     tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
     prior = torch.eye(*guide.shape, dtype=torch.float64) * (ridge.prior / len(subspace.present))
-    penalties = ridge.penalties(correlation, subspace, tokens)
+    seen = [n for n in statistics.samples if n]
+    penalties = ridge.penalties(correlation, subspace, tokens, sum(seen) / max(len(seen), 1))
     return NormalEquations(correlation, guide, penalties, prior, f"{site} saw {sum(statistics.tokens)} tokens")
 
 

@@ -99,7 +99,7 @@ def test_too_few_tokens_without_a_ridge_is_an_error_with_a_remedy(tiny_flux):
     wide = [task(flux_lora(rank=16, seed=seed), str(seed)) for seed in (1, 2)]
     sockets = importlib.import_module("ssr_pack.nodes.sockets")
     stats = collect(tiny_flux(), *wide, steps=1)
-    settings = core.MergeSettings(ridge=core.Ridge(relative=0, floor=0))
+    settings = core.MergeSettings(ridge=core.Ridge(relative=0, scarcity=0, floor=0))
     with pytest.raises(core.SolveError, match="Raise the ridge"):
         core.merge(stats.calibration, settings)
     assert isinstance(stats, sockets.Stats) and empty_latent()["samples"].shape[1] == 16

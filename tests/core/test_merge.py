@@ -47,21 +47,41 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # the result is stored in float32
 
 
-def test_by_default_every_task_counts_the_same_however_many_tokens_it_saw():
-    close(merged(), by_hand((50 / 40, 1.0, 50 / 60), Ridge()))
+def even(counts: tuple[int, ...] = (40, 50, 60)) -> tuple[float, ...]:
+    """1 / what each LoRA changes on its own tokens; the absent one counts like the others' mean token."""
+    effects = [
+        None if update is None else float((x @ dense(update).T).square().sum())
+        for update, x in zip(updates(), tokens(counts), strict=True)
+    ]
+    mean = sum(e / n for e, n in zip(effects, counts, strict=True) if e is not None) / 2
+    return tuple(1 / (mean * max(n, 1) if e is None else e) for e, n in zip(effects, counts, strict=True))
+
+
+def test_by_default_every_task_has_the_same_share_however_strong_it_is_and_however_many_tokens_it_saw():
+    close(merged(), by_hand(even(), Ridge()))
+
+
+def test_a_lora_ten_times_as_strong_takes_less_of_the_others_when_tasks_are_balanced():
+    cat, _, dog = updates()
+    calibration = calibration_at(SITE, [cat, None, dog.scaled(10.0)], tokens())
+    balanced, plain = (merge(calibration, MergeSettings(balanced=b)).report for b in (True, False))
+    assert balanced.error(0) < 0.5 * plain.error(0)
 
 
 def test_the_papers_settings_count_tokens_of_the_present_tasks_as_they_are():
-    close(merged(MergeSettings.PAPER), by_hand((1.0, 0.0, 1.0), Ridge(0.0, 0.0, 1e-4, False)))
+    close(merged(MergeSettings.PAPER), by_hand((1.0, 0.0, 1.0), Ridge.PAPER))
 
 
 def test_weights_multiply_what_balancing_gives():
-    close(merged(MergeSettings(weights=(1.0, 3.0, 0.5))), by_hand((50 / 40, 3.0, 25 / 60), Ridge()))
+    close(
+        merged(MergeSettings(weights=(1.0, 3.0, 0.5))),
+        by_hand(tuple(w * e for w, e in zip((1.0, 3.0, 0.5), even(), strict=True)), Ridge()),
+    )
     close(merged(MergeSettings(weights=(1.0, 3.0, 0.5), balanced=False)), by_hand((1.0, 3.0, 0.5), Ridge()))
 
 
 def test_balancing_ignores_a_task_that_saw_nothing():
-    close(merged(counts=(40, 0, 60)), by_hand((50 / 40, 0.0, 50 / 60), Ridge(), (40, 0, 60)))
+    close(merged(counts=(40, 0, 60)), by_hand(even((40, 0, 60)), Ridge(), (40, 0, 60)))
 
 
 def test_no_routing_is_the_plain_stack_exactly():
@@ -109,7 +129,7 @@ def test_truncation_measures_where_the_data_are():
     calibration = calibration_at(SITE, updates(), tokens())
     space, full = calibration.subspaces[SITE], merged()
     smaller = merged(MergeSettings(rank=2))
-    equations = normal_equations(calibration.statistics[SITE], space, (50 / 40, 1.0, 50 / 60), Ridge())
+    equations = normal_equations(calibration.statistics[SITE], space, even(), Ridge())
     z_metric = torch.linalg.cholesky(equations.correlation + equations.penalties.diag())
     # full = M down, and the loss is |(M - M2) L|^2
     signal = full @ torch.linalg.pinv(space.down.double())
@@ -151,7 +171,7 @@ def seeing(rows: int = 2) -> Calibration:
 
 
 def test_context_rows_lower_the_error_and_cost_no_rank():
-    ridge = Ridge(relative=1e-10, floor=0.0)
+    ridge = Ridge(relative=1e-10, scarcity=0.0, floor=0.0)
     with_context, without = (
         merge(c, MergeSettings(ridge)) for c in (seeing(), calibration_at(SITE, updates(), tokens()))
     )
@@ -164,7 +184,7 @@ def test_context_rows_lower_the_error_and_cost_no_rank():
 def test_a_merge_with_context_rows_is_the_routed_update_without_loss(routing):
     calibration = seeing()
     space = calibration.subspaces[SITE]
-    equations = normal_equations(calibration.statistics[SITE], space, (50 / 40, 1.0, 50 / 60), Ridge())
+    equations = normal_equations(calibration.statistics[SITE], space, even(), Ridge())
     router = (1 - routing) * torch.eye(5, 7, dtype=torch.float64) + routing * solve_router(equations)
     close(dense(merge(calibration, MergeSettings(routing=routing)).updates[SITE]), dense(route(space, router)))
 

@@ -48,7 +48,7 @@ def low_level(site: str, ridge: float):
     space = Subspace.join([update(site, task) for task in TASKS])
     statistics = measure(space, [GOLDEN[f"x/{site}/{task}"] for task in TASKS])
     weights = [float(rank > 0) for rank in space.ranks]
-    return space, normal_equations(statistics, space, weights, Ridge(0.0, 0.0, ridge, False), site)
+    return space, normal_equations(statistics, space, weights, Ridge(0.0, 0.0, 0.0, ridge, False), site)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def collected() -> Calibration:
 
 
 def paper(ridge: float) -> MergeSettings:
-    return MergeSettings(ridge=Ridge(0, 0, ridge, False), balanced=False, count_absent=False)
+    return MergeSettings(ridge=Ridge(0, 0, 0, ridge, False), balanced=False, count_absent=False)
 
 
 def of(calibration: Calibration, name: str) -> Site:

@@ -7,8 +7,8 @@ from torch import Tensor
 from ssr_core import LowRankUpdate, Ridge, SolveError, Subspace, normal_equations, route, solve_router
 from synthetic import dense, measure, random, random_update, relative_error
 
-NO_RIDGE = Ridge(relative=0.0, floor=0.0, absolute=0.0, prior=False)
-ALMOST_NO_RIDGE = Ridge(relative=1e-12, floor=0.0, absolute=0.0, prior=False)
+NO_RIDGE = Ridge(relative=0.0, scarcity=0.0, floor=0.0, absolute=0.0, prior=False)
+ALMOST_NO_RIDGE = Ridge(relative=1e-12, scarcity=0.0, floor=0.0, absolute=0.0, prior=False)
 
 
 def space(context: int = 0) -> Subspace:
@@ -47,7 +47,9 @@ def test_without_a_ridge_the_router_is_dense_least_squares(ridge, weights, conte
     torch.testing.assert_close(solved(space(context), tokens(), ridge, weights), least_squares, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("ridge", [Ridge(), Ridge(0.1, 0.0, 0.0, False), Ridge(0.0, 0.0, 0.3, True), Ridge.PAPER])
+@pytest.mark.parametrize(
+    "ridge", [Ridge(), Ridge(0.1, 0.0, 0.0, 0.0, False), Ridge(0.0, 0.0, 0.0, 0.3, True), Ridge.PAPER]
+)
 def test_a_ridge_is_least_squares_with_the_penalties_as_extra_tokens(ridge):
     seen, wanted = signals(space(), tokens())
     penalties = normal_equations(measure(space(), tokens()), space(), (1.0, 1.0, 1.0), ridge).penalties
@@ -64,12 +66,14 @@ def test_the_correlation_and_the_guide_are_sums_over_tokens():
     torch.testing.assert_close(equations.guide, wanted.T @ seen)
 
 
-def test_the_penalties_are_the_three_parts_of_the_ridge():
+def test_the_penalties_are_the_four_parts_of_the_ridge():
     correlation = torch.tensor([1.0, 3.0, 10.0, 0.0, 8.0, 5.0], dtype=torch.float64).diag()
     update = Subspace.join([random_update(6, 9, 2), random_update(6, 9, 2), random_update(6, 9, 2)])
-    ridge = Ridge(relative=0.1, floor=0.01, absolute=0.5)
+    ridge = Ridge(relative=0.1, scarcity=0.04, floor=0.0, absolute=0.5)  # after 4 samples, 0.01 of each block's mean
     wanted = torch.tensor([0.12 + 10, 0.32 + 10, 1.05 + 10, 0.05 + 10, 0.865 + 10, 0.565 + 10], dtype=torch.float64)
-    torch.testing.assert_close(ridge.penalties(correlation, update, 20), wanted)
+    torch.testing.assert_close(ridge.penalties(correlation, update, 20, 4), wanted)
+    floor = Ridge(relative=0.1, scarcity=0.0, floor=0.01, absolute=0.5)
+    torch.testing.assert_close(floor.penalties(correlation, update, 20, 4), wanted)
 
 
 def test_the_factor_is_the_cholesky_factor_of_the_regularized_correlation():
@@ -166,14 +170,16 @@ def test_a_site_with_an_absent_task_learns_to_leave_its_tokens_alone():
 
 
 def test_scaling_all_weights_changes_nothing():
-    one, other = (solved(space(), tokens(), Ridge(floor=0.0), w) for w in ((1.0, 2.0, 3.0), (10.0, 20.0, 30.0)))
+    one, other = (
+        solved(space(), tokens(), Ridge(scarcity=0.0, floor=0.0), w) for w in ((1.0, 2.0, 3.0), (10.0, 20.0, 30.0))
+    )
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_a_weight_of_two_counts_like_seeing_the_tokens_twice():
     x = tokens()
-    twice = solved(space(), [x[0], torch.cat([x[1], x[1]]), x[2]], Ridge())
-    torch.testing.assert_close(solved(space(), x, Ridge(), (1.0, 2.0, 1.0)), twice, rtol=1e-10, atol=1e-10)
+    twice = solved(space(), [x[0], torch.cat([x[1], x[1]]), x[2]], Ridge(scarcity=0.0))
+    torch.testing.assert_close(solved(space(), x, Ridge(scarcity=0.0), (1.0, 2.0, 1.0)), twice, rtol=1e-10, atol=1e-10)
 
 
 def test_strength_in_up_scales_the_routed_update_of_its_task():
