@@ -15,15 +15,15 @@ class Row:
     seed: int
 
 
-LORAS = ("mochi_cat.safetensors", "robo_robot.safetensors", "blueprint_style.safetensors")
+LORAS = ("mochi_cat.safetensors", "robo_robot.safetensors", "sepia_style.safetensors")
 
 ROWS = (
     Row(LORAS[0], "mochi the cat on the beach", 3),
     Row(LORAS[0], "mochi the cat in the snow", 5),
     Row(LORAS[1], "robo the robot on grass", 4),
     Row(LORAS[1], "robo the robot on the moon", 6),
-    Row(LORAS[2], "a red house on grass, blueprint style", 2),
-    Row(LORAS[2], "a blue boat on the beach, blueprint style", 8),
+    Row(LORAS[2], "a red house on grass, sepia style", 2),
+    Row(LORAS[2], "a blue boat on the beach, sepia style", 8),
 )
 
 ERROR_SEEDS = (101, 102, 103, 104)  # of the table of errors: not those of the picture, nor of the calibration

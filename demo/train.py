@@ -5,8 +5,8 @@
     COMFYUI_PATH=/path/to/ComfyUI python demo/train.py lora:mochi lora:robo       # some of it, on top of what is there
 
 Steps, in the order in which they depend on each other: components (the latent space), text (a frozen random text
-encoder), decoder, encoder, base, finish, lora:mochi, lora:robo, lora:blueprint. Seeds are fixed; another machine's
-rounding still leads to other, equally good weights.
+encoder), decoder, encoder, base, finish, lora:mochi, lora:robo, lora:blueprint, lora:sepia. Seeds are fixed; another
+machine's rounding still leads to other, equally good weights.
 """
 
 from __future__ import annotations

@@ -313,6 +313,7 @@ def robo(c: Canvas) -> None:
 
 CHARACTERS: dict[str, Callable[[Canvas], None]] = {"mochi the cat": mochi, "robo the robot": robo}
 STYLE = "blueprint style"
+SEPIA = "sepia style"
 
 
 # ---------------------------------------------------------------- pictures
@@ -343,7 +344,14 @@ class Scene:
             CHARACTERS[self.subject](canvas)
         else:
             THINGS[self.subject](canvas, COLOURS[self.colour])
-        return canvas.pixels()
+        return duotone(canvas.pixels()) if self.style == SEPIA else canvas.pixels()
+
+
+def duotone(pixels: np.ndarray) -> np.ndarray:
+    """From dark brown to cream by lightness, uint8 (height, width, 3)."""
+    light = (pixels @ np.array([0.299, 0.587, 0.114]) / 255.0)[..., None]
+    dark, pale = np.array([58, 22, 8]), np.array([255, 222, 150])
+    return np.clip(dark + (pale - dark) * light, 0, 255).round().astype(np.uint8)
 
 
 CENTRED = (0,)

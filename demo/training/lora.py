@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three LoRAs, each in another of the key formats that ComfyUI reads for Flux."""
+"""The LoRAs, in several of the key formats that ComfyUI reads for Flux."""
 
 from __future__ import annotations
 
@@ -62,12 +62,17 @@ class Recipe:
     scenes: Callable[[str], Iterator[world.Scene]]
     steps: int
     seed: int
+    layers: tuple[str, ...] = ("",)  # how the names of the layers end that it changes; every name ends in nothing
 
+
+# a change of colours needs no more than the layers that tell the others what to do
+CONDITIONING = ("_mod.lin", ".modulation.lin", "txt_attn.qkv", "txt_attn.proj", "txt_mlp.0", "txt_mlp.2")
 
 RECIPES = {
     "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_file, world.character_scenes, 300, 10),
     "robo": Recipe("robo_robot", "robo the robot", 8, native_file, world.character_scenes, 300, 11),
     "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 500, 12),
+    "sepia": Recipe("sepia_style", world.SEPIA, 16, diffusers_file, world.ordinary_scenes, 400, 12, CONDITIONING),
 }
 
 
@@ -81,12 +86,14 @@ class Adapter(nn.Module):
         linear.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ self.down.T @ self.up.T)
 
 
-def adapters_for(model: nn.Module, rank: int) -> dict[str, Adapter]:
-    """One for every Linear of the double and the single blocks."""
+def adapters_for(model: nn.Module, rank: int, layers: tuple[str, ...]) -> dict[str, Adapter]:
+    """One for every Linear of the double and the single blocks whose name ends as one of `layers`."""
     return {
         name: Adapter(module, rank)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
+        if isinstance(module, nn.Linear)
+        and name.startswith(("double_blocks.", "single_blocks."))
+        and name.endswith(layers)
     }
 
 
@@ -96,7 +103,7 @@ def train_lora(name: str, batch: int) -> None:
     torch.manual_seed(recipe.seed)
     course = Lesson.on(world.sample(recipe.scenes(recipe.trigger), 600, seed=7), wordings)
     model = base_model()
-    adapters = adapters_for(model, recipe.rank)
+    adapters = adapters_for(model, recipe.rank, recipe.layers)
     parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
 
     def checkpoint(values: Sequence[Tensor]) -> None:
