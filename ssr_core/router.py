@@ -29,7 +29,7 @@ class Ridge:
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
-    scarcity: float = 0.1  # per sample, a fraction of the mean diagonal entry of a task's rows: see `penalties`
+    scarcity: float = 0.1  # of the mean diagonal entry of a task's rows, over the square of the number of samples
     floor: float = 1e-6  # the same, however many samples: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
     prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
@@ -47,7 +47,7 @@ class Ridge:
         means = torch.cat([diagonal[b].mean().expand_as(diagonal[b]) for b in blocks if diagonal[b].numel()])
         # a block that saw nothing at all has no scale of its own; any positive penalty then gives the prior
         means = torch.where(means > 0, means, torch.ones_like(means))
-        floor = means * (self.floor + self.scarcity / max(samples, 1.0))
+        floor = means * (self.floor + self.scarcity / max(samples, 1.0) ** 2)
         return self.relative * diagonal + floor + self.absolute * tokens
 
 
