@@ -104,7 +104,7 @@ class SSRCollectStats(io.ComfyNode):
             on_run=lambda number: _say(cls, f"{number + 1} of {len(runs)}: {runs[number].task.name}"),
         )
         _say(cls, _summary(calibration, tasks, time.perf_counter() - started))
-        provenance = describe(model, loaded, tasks, sampling)
+        provenance = describe(model, loaded, tasks, sampling, context)
         return io.NodeOutput(Stats(calibration, tuple(one.carried for one in loaded), silent, provenance))
 
 

@@ -19,15 +19,15 @@ from .calibrate import Sampling
 from .patches import LoadedLora
 from .sockets import Task
 
-_ARCHITECTURES = (  # most special first; only those the standard names
+_ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux may be dev or schnell, SD3 of any size
     ("SDXLRefiner", "stable-diffusion-xl-v1-refiner/lora"),
     ("SDXL", "stable-diffusion-xl-v1-base/lora"),
-    ("SD3", "stable-diffusion-v3-medium/lora"),
-    ("Flux", "flux-1-dev/lora"),
 )
 
 
-def describe(model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling) -> dict[str, str]:
+def describe(
+    model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling, context: int
+) -> dict[str, str]:
     """What is known once the statistics are collected."""
     sources = [
         {**one.lora.source, "strength": task.strength, "prompts": len(task.conditioning)}
@@ -38,7 +38,7 @@ def describe(model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sa
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
         "ssr.sources": json.dumps(sources),
-        "ssr.calibration": json.dumps({**asdict(sampling), "model": type(model.model).__name__}),
+        "ssr.calibration": json.dumps({**asdict(sampling), "context": context, "model": type(model.model).__name__}),
     }
     if architecture := _architecture(model.model, sources):
         metadata["modelspec.architecture"] = architecture
