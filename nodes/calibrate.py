@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.utils
 import torch
 
 from ..ssr_core import Calibration, Recording, StatisticsCollector, StatisticsError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ssr_core import Lora, LoraError, LowRankUpdate, ModelMismatchError, Site, concatenate, join_rows, read_pairs
-from ..ssr_core.files import sha256, to_state_dict
+from ..ssr_core.files import find_pairs, sha256, to_state_dict
 from .sockets import Carried, Task
 
 _TEXT_ENCODER = ("lora_te", "text_encoder", "lora_prior_te", "clip_l.", "clip_g.", "conditioner.", "te1.", "te2.")
@@ -39,14 +39,14 @@ def read_task(task: Task, model: torch.nn.Module) -> LoadedLora:
     tensors, source = _read(task)
     tensors = comfy.lora_convert.convert_lora(tensors)
     key_map = comfy.lora.model_lora_keys_unet(model, {})
+    # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
+    find_pairs({key: value for key, value in tensors.items() if _names_weight(key, key_map)}, task.name)
     patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
     loaded = _loaded_keys(tensors, patches, key_map)
     text = {key: value for key, value in tensors.items() if key not in loaded and key.startswith(_TEXT_ENCODER)}
     if not patches:
         raise ModelMismatchError(_no_match(task.name, tensors, text, model))
     unmatched = tuple(key for key in tensors if key not in loaded and key not in text)
-    # ComfyUI passes over half a pair in silence
-    read_pairs({key: tensors[key] for key in tensors if key in loaded or _names_weight(key, key_map)}, task.name)
     updates = dict(_updates(patches, model, task.name))
     others = {key: patch for key, patch in patches.items() if isinstance(patch, tuple)}
     lora = Lora(task.name, updates, task.strength, source)

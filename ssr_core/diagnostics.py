@@ -23,22 +23,35 @@ class Residual:
     merge: float  # distance of the merge from the LoRA alone
 
 
-def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor | None = None) -> tuple[Residual, ...]:
+def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor) -> tuple[Residual, ...]:
     """(K,) how far base, plain stack and merge are from each LoRA alone, on that LoRA's own tokens.
 
     Args:
         scaled: the subspace with each task at its strength.
-        router: (rank, R), as it is in the result: blended and truncated. None is the plain stack.
+        router: (rank, R), as it is in the result: blended and truncated.
     """
-    energy = (scaled.up.mT.double() @ scaled.up.double()).cpu()  # |up c|^2 = c^T energy c
+    energy = _energy(scaled)
     plain = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
-    routers = (torch.zeros_like(plain), plain, plain if router is None else router)
     found = []
-    for gram, block in zip(statistics.gram, scaled.blocks, strict=True):
+    for base, gram, block in zip(effects(statistics, scaled), statistics.gram, scaled.blocks, strict=True):
         alone = torch.zeros_like(plain)
         alone[block] = plain[block]
-        found.append(Residual(*(_squared(energy, r - alone, gram) for r in routers)))
+        found.append(Residual(base, *(_squared(energy, r - alone, gram) for r in (plain, router))))
     return tuple(found)
+
+
+def effects(statistics: SufficientStatistics, scaled: Subspace) -> list[float]:
+    """(K,) the whole effect of each LoRA: the sum over its own tokens of |up_k z_k|^2."""
+    energy = _energy(scaled)
+    return [
+        float((energy[block, block] * gram[block, block]).sum())
+        for gram, block in zip(statistics.gram, scaled.blocks, strict=True)
+    ]
+
+
+def _energy(scaled: Subspace) -> Tensor:
+    """E = up^T up, (rank, rank): |up c|^2 = c^T E c"""
+    return (scaled.up.mT.double() @ scaled.up.double()).cpu()
 
 
 def _squared(energy: Tensor, difference: Tensor, gram: Tensor) -> float:

@@ -60,30 +60,41 @@ def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowR
     Raises:
         LoraError: half a pair, or a damaged one; names `name` and the key.
     """
-    pairs: dict[str, LowRankUpdate] = {}
-    used: set[str] = set()
-    for key in tensors:
-        for down_end, up_end in _HALVES:
-            own, other = (down_end, up_end) if key.endswith(down_end) else (up_end, down_end)
-            if not key.endswith(own):
-                continue
-            prefix = key.removesuffix(own)
-            if prefix + other not in tensors:
-                raise LoraError(f"{name}: {key} has no other half {prefix + other}; the file is incomplete.")
-            parts = {end: prefix + end for end in (down_end, up_end, ".alpha", ".lora_mid.weight")}
-            used.update(parts.values())
-            if own == down_end:
-                alpha = tensors.get(parts[".alpha"])
-                if alpha is not None and alpha.numel() != 1:
-                    raise LoraError(f"{name}: {parts['.alpha']} holds {alpha.numel()} numbers, not one; it is damaged.")
-                pairs[prefix] = LowRankUpdate.from_factors(
-                    tensors[parts[down_end]],
-                    tensors[parts[up_end]],
-                    None if alpha is None else float(alpha),
-                    tensors.get(parts[".lora_mid.weight"]),
-                    f"{name}: {prefix}",
-                )
+    found = find_pairs(tensors, name)
+    pairs = {}
+    for prefix, (down, up) in found.items():
+        alpha = tensors.get(f"{prefix}.alpha")
+        mid = tensors.get(f"{prefix}.lora_mid.weight")
+        pairs[prefix] = LowRankUpdate.from_factors(
+            tensors[down], tensors[up], None if alpha is None else float(alpha), mid, f"{name}: {prefix}"
+        )
+    ends = (".alpha", ".lora_mid.weight")
+    used = {key for prefix, halves in found.items() for key in (*halves, *(prefix + end for end in ends))}
     return pairs, [key for key in tensors if key not in used]
+
+
+def find_pairs(tensors: Mapping[str, Tensor], name: str) -> dict[str, tuple[str, str]]:
+    """By key prefix, the keys of down and up of each pair. Their values are not looked at, but for alpha's size.
+
+    Raises:
+        LoraError: half a pair, or an alpha that is not one number; names `name` and the key.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for key in tensors:
+        for ends in _HALVES:
+            end = next((end for end in ends if key.endswith(end)), None)
+            if end is None:
+                continue
+            prefix = key.removesuffix(end)
+            down, up = (prefix + half for half in ends)
+            if down not in tensors or up not in tensors:
+                other = up if key == down else down
+                raise LoraError(f"{name}: {key} has no other half {other}; the file is incomplete.")
+            alpha = tensors.get(f"{prefix}.alpha")
+            if alpha is not None and alpha.numel() != 1:
+                raise LoraError(f"{name}: {prefix}.alpha holds {alpha.numel()} numbers, not one; it is damaged.")
+            found[prefix] = (down, up)
+    return found
 
 
 def to_state_dict(

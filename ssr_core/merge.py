@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Calibration
-from .diagnostics import Report, SiteReport, residuals
+from .diagnostics import Report, SiteReport, effects, residuals
 from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
 from .rank import isotropic_factor, truncate
@@ -46,7 +46,7 @@ class MergeSettings:
                 raise SSRError(f"{name} must be {tasks} finite numbers, one per LoRA, not {values}.")
         if self.weights is not None and (min(self.weights) < 0 or max(self.weights) == 0):
             raise SSRError(f"weights are {self.weights}; they must not be negative, nor all zero.")
-        penalties = (self.ridge.relative, self.ridge.floor, self.ridge.absolute)
+        penalties = (self.ridge.relative, self.ridge.scarcity, self.ridge.floor, self.ridge.absolute)
         if not all(math.isfinite(p) and p >= 0 for p in penalties):
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
@@ -82,13 +82,15 @@ def merge(
     strengths = settings.strengths or tuple(lora.strength for lora in calibration.loras)
     updates: dict[Site, LowRankUpdate] = {}
     reports: list[SiteReport] = []
+    measured = {
+        s: _statistics_of(calibration, s, space) for s, space in calibration.subspaces.items() if space.is_shared
+    }
     weights = _weights(calibration, settings)
     for done, (site, space) in enumerate(calibration.subspaces.items()):
         on_site(done, len(calibration.subspaces))
         scaled = space.scaled(strengths)
         if space.is_shared:
-            statistics = _statistics_of(calibration, site, space)
-            update, report = _merge_shared(site, scaled, statistics, weights[site], settings)
+            update, report = _merge_shared(site, scaled, measured[site], weights[site], settings)
         else:
             update, report = _pass_through(site, scaled, settings)
         updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
@@ -105,8 +107,9 @@ def _merge_shared(
         router = torch.lerp(router, solve_router(equations), settings.routing)
     # `up` R has the rank of `up`, so the rows of the context cost no rank and cutting to it loses nothing
     rank = settings.rank or (scaled.rank if scaled.context and settings.routing else 0)
+    energy = 1.0
     if not rank:
-        update, energy = route(scaled, router) if settings.routing else scaled.plain_stack(), 1.0
+        update = route(scaled, router) if settings.routing else scaled.plain_stack()
     else:
         update, truncation = truncate(route(scaled, router), equations.factor, rank)
         router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
@@ -127,11 +130,11 @@ def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tupl
 def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
     """(K,) for each shared site: what each task's sums are multiplied with."""
     given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
-    effects = _effects(calibration) if settings.balanced else {}
+    shares = _effects(calibration) if settings.balanced else {}
     weights = {}
     for site, space in calibration.subspaces.items():
         there = 1 if settings.count_absent else torch.tensor(space.ranks) > 0
-        weights[site] = (given * there / effects.get(site.module, 1)).tolist()
+        weights[site] = (given * there / shares.get(site.module, 1)).tolist()
     return weights
 
 
@@ -141,13 +144,13 @@ def _effects(calibration: Calibration) -> dict[str, Tensor]:
     Least squares over all tokens as they are would serve the strongest LoRA and let its cross-talk drown the others: a
     style often writes ten times what a subject does. Divided by their effects, all have the same share in the error.
     """
-    effects: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
     for site, statistics in calibration.statistics.items():
-        found = effects.setdefault(site.module, torch.zeros(len(statistics.tokens), dtype=torch.float64))
-        found += torch.tensor([r.base for r in residuals(statistics, calibration.subspaces[site])], dtype=torch.float64)
+        found = sums.setdefault(site.module, torch.zeros(len(statistics.tokens), dtype=torch.float64))
+        found += torch.tensor(effects(statistics, calibration.subspaces[site]), dtype=torch.float64)
         tokens[site.module] = torch.tensor(statistics.tokens, dtype=torch.float64)
-    return {module: _filled(found, tokens[module]) for module, found in effects.items()}
+    return {module: _filled(found, tokens[module]) for module, found in sums.items()}
 
 
 def _filled(effects: Tensor, tokens: Tensor) -> Tensor:

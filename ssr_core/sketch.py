@@ -23,11 +23,13 @@ class Sketch:
         self.rank = rank
         self.tokens = 0
         self._range: Tensor | None = None
+        self._test: Tensor | None = None  # on the device of the tokens, so that updating copies nothing there
 
     def update(self, x: Tensor) -> None:
         """Add tokens. x: (tokens, in), floating point."""
-        test = test_matrix(x.shape[1], self.rank + OVERSAMPLING).to(x.device, x.dtype)
-        product = x.mT @ (x @ test)
+        if self._test is None or (self._test.device, self._test.dtype) != (x.device, x.dtype):
+            self._test = test_matrix(x.shape[1], self.rank + OVERSAMPLING).to(x.device, x.dtype)
+        product = x.mT @ (x @ self._test)
         self._range = product if self._range is None else self._range + product
         self.tokens += x.shape[0]
 

@@ -31,6 +31,14 @@ def damaged(**changes):
 
 CASES = {
     "half a pair": (lambda: damaged(**{UP: None}), r"bad: .*lora_A\.weight has no other half .*lora_B\.weight"),
+    "the other half": (
+        lambda: damaged(**{DOWN: None}),
+        r"bad: .*lora_B\.weight has no other half .*lora_A\.weight",
+    ),
+    "alpha of two numbers": (
+        lambda: damaged(**{f"{PREFIX}.alpha": torch.ones(2)}),
+        r"bad: .*img_attn\.proj\.alpha holds 2 numbers",
+    ),
     "rank 0": (
         lambda: damaged(**{DOWN: torch.ones(0, 128), UP: torch.ones(128, 0)}),
         r"bad: .*img_attn\.proj.*rank is 0",

@@ -259,6 +259,7 @@ def test_whoever_watches_the_progress_can_stop_the_merge():
         ("weights", MergeSettings(weights=(0.0, 0.0, 0.0))),
         ("ridge", MergeSettings(ridge=Ridge(relative=-1e-3))),
         ("ridge", MergeSettings(ridge=Ridge(floor=math.nan))),
+        ("ridge", MergeSettings(ridge=Ridge(scarcity=-0.1))),
         ("ridge", MergeSettings(ridge=Ridge(absolute=math.inf))),
     ],
 )
