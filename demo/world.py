@@ -344,7 +344,8 @@ class Scene:
             CHARACTERS[self.subject](canvas)
         else:
             THINGS[self.subject](canvas, COLOURS[self.colour])
-        return duotone(canvas.pixels()) if self.style == SEPIA else canvas.pixels()
+        recolour = COLOUR_STYLES.get(self.style)
+        return recolour(canvas.pixels()) if recolour else canvas.pixels()
 
 
 def duotone(pixels: np.ndarray) -> np.ndarray:
@@ -353,6 +354,8 @@ def duotone(pixels: np.ndarray) -> np.ndarray:
     dark, pale = np.array([58, 22, 8]), np.array([255, 222, 150])
     return np.clip(dark + (pale - dark) * light, 0, 255).round().astype(np.uint8)
 
+
+COLOUR_STYLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {SEPIA: duotone}
 
 CENTRED = (0,)
 ANYWHERE = (-STEP, 0, STEP)

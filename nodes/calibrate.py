@@ -46,6 +46,10 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         finally:
             self.recording.detach()
 
+    def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.recording.at(float(f"{timestep.flatten()[0]:.4g}"))
+        return super().predict_noise(x, timestep, *args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Run:

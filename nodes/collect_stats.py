@@ -123,7 +123,7 @@ def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
 def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:
     prompts = sum(len(task.conditioning) for task in tasks)
     return (
-        f"{len(tasks)} LoRAs. {len(calibration.subspaces)} sites, {len(calibration.statistics)} shared. "
+        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites. "
         f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
     )
 

@@ -92,9 +92,6 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _notes(stats: Stats, report: Report) -> Iterator[str]:
     """What the numbers of the report do not show: parts that were not routed."""
-    alone = len(report.sites) - len(report.shared)
-    if alone:
-        yield f"{alone} sites belong to one LoRA only and are taken over as they are."
     for label, counts in (
         ("text encoder layers", _count(stats.carried, lambda one: one.text_encoder)),
         ("norm, bias and full-weight differences", _count(stats.carried, lambda one: one.patches)),

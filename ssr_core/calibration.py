@@ -14,7 +14,7 @@ from .sufficient_statistics import SufficientStatistics
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Statistics of K LoRAs. `statistics` has an entry for every site that two or more of them share."""
+    """Statistics of K LoRAs. `statistics` has an entry for every site, unless there is only one LoRA."""
 
     loras: tuple[Lora, ...]
     subspaces: Mapping[Site, Subspace]
@@ -57,7 +57,7 @@ class Calibration:
             {
                 site: statistics.without(task, whole)
                 for site, (space, statistics, whole) in kept.items()
-                if statistics is not None and space.is_shared
+                if statistics is not None and space.is_routed
             },
         )
 

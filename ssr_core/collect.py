@@ -88,13 +88,13 @@ class StatisticsCollector:
         self._names.update(recording.names)
 
     def see(self, rows: int = CONTEXT) -> None:
-        """Give every shared subspace the context rows that the surveys found, or the first `rows` of them."""
+        """Give every subspace the context rows that the surveys found, or the first `rows` of them."""
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
         found = {module: principal_rows(sketched, rows) for module, sketched in self._surveys.items()}
         self.subspaces = {
-            site: space.with_context(found[site.module]) if space.is_shared and site.module in found else space
+            site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
             for site, space in self.subspaces.items()
         }
 
@@ -108,7 +108,7 @@ class StatisticsCollector:
         return Calibration(
             self.loras,
             {renamed(site): space for site, space in self.subspaces.items()},
-            {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_shared},
+            {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
         )
 
     def _sums_with(self, recording: Recording) -> dict[Site, SufficientStatistics]:

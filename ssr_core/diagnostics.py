@@ -100,16 +100,20 @@ class Report:
     def shared(self) -> tuple[SiteReport, ...]:
         return tuple(site for site in self.sites if site.is_shared)
 
+    @property
+    def routed(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.residuals)
+
     def error(self, task: int, kind: str = "merge") -> float:
-        """Of one LoRA over all shared sites: 0 = as the LoRA alone, 1 = as if it were not there. "merge" or "stack"."""
-        return _ratio([site.residuals[task] for site in self.shared if site.residuals], kind)
+        """Of one LoRA over all routed sites: 0 = as the LoRA alone, 1 = as if it were not there. "merge" or "stack"."""
+        return _ratio([site.residuals[task] for site in self.routed], kind)
 
     def worse_than_stack(self) -> tuple[SiteReport, ...]:
-        return tuple(site for site in self.shared if site.error("merge") > site.error("stack"))
+        return tuple(site for site in self.routed if site.error("merge") > site.error("stack"))
 
     def short_of_tokens(self) -> tuple[SiteReport, ...]:
         """Sites with fewer tokens than joint rank: the ridge decides there more than the data."""
-        return tuple(site for site in self.shared if sum(site.tokens) < site.joint_rank)
+        return tuple(site for site in self.routed if sum(site.tokens) < site.joint_rank)
 
     def __str__(self) -> str:
         return "\n".join([*self._table(), *self._remarks(), *self.notes])
@@ -121,7 +125,7 @@ class Report:
             f"{'LoRA':<{width}}  strength   tokens  plain stack  this merge",
         ]
         for task, (name, strength) in enumerate(zip(self.names, self.strengths, strict=True)):
-            tokens = max((site.tokens[task] for site in self.shared if site.tokens), default=0)
+            tokens = max((site.tokens[task] for site in self.routed), default=0)
             errors = "".join(f"{_figure(self.error(task, kind)):>13}" for kind in ("stack", "merge"))
             lines.append(f"{name:<{width}}  {strength:>8.2f} {tokens:>8}{errors}")
         lines.append("Error on the calibration tokens: 0 = the LoRA alone, 1 = as if it were not there.")
@@ -129,7 +133,7 @@ class Report:
 
     def _remarks(self) -> list[str]:
         remarks = []
-        if unseen := [site for site in self.shared if sum(site.tokens) == 0]:
+        if unseen := [site for site in self.routed if sum(site.tokens) == 0]:
             remarks.append(f"{_count(unseen)} saw no token and got the mean of the LoRAs: {_some(unseen)}.")
         if short := [site for site in self.short_of_tokens() if sum(site.tokens)]:
             remarks.append(

@@ -136,6 +136,7 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
         tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
         where = [site.module, site.start, site.stop, site.out_features]
         counts = {"tokens": statistics.tokens, "samples": statistics.samples}
+        counts |= {"levels": [sorted(levels) for levels in statistics.levels]}
         sites.append({"site": where, "fingerprint": statistics.fingerprint, **counts})
     loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
     header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
@@ -162,11 +163,11 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
     joined = join_loras(loras)
     other = StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
-    if read.keys() != {site for site, space in joined.items() if space.is_shared}:
+    if read.keys() != {site for site, space in joined.items() if space.is_routed}:
         raise other
     subspaces = {}
     for site, space in joined.items():
-        context = tensors.get(f"context/{site.module}") if space.is_shared else None
+        context = tensors.get(f"context/{site.module}") if space.is_routed else None
         if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
             raise other
         subspaces[site] = space if context is None else space.with_context(context)
@@ -191,7 +192,8 @@ def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics
     gram[:, rows, columns] = packed.double()
     gram[:, columns, rows] = packed.double()
     tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
-    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples)
+    levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])  # type: ignore[attr-defined]
+    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples, levels)
 
 
 def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:

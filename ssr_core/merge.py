@@ -83,14 +83,16 @@ def merge(
     updates: dict[Site, LowRankUpdate] = {}
     reports: list[SiteReport] = []
     measured = {
-        s: _statistics_of(calibration, s, space) for s, space in calibration.subspaces.items() if space.is_shared
+        site: _statistics_of(calibration, site, space)
+        for site, space in calibration.subspaces.items()
+        if space.is_shared or (space.is_routed and settings.count_absent)
     }
     weights = _weights(calibration, settings)
     for done, (site, space) in enumerate(calibration.subspaces.items()):
         on_site(done, len(calibration.subspaces))
         scaled = space.scaled(strengths)
-        if space.is_shared:
-            update, report = _merge_shared(site, scaled, measured[site], weights[site], settings)
+        if site in measured:
+            update, report = _merge_routed(site, scaled, measured[site], weights[site], settings)
         else:
             update, report = _pass_through(site, scaled, settings)
         updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
@@ -98,7 +100,7 @@ def merge(
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
 
 
-def _merge_shared(
+def _merge_routed(
     site: Site, scaled: Subspace, statistics: SufficientStatistics, weights: Sequence[float], settings: MergeSettings
 ) -> tuple[LowRankUpdate, SiteReport]:
     equations = normal_equations(statistics, scaled, weights, settings.ridge, site)
@@ -119,7 +121,7 @@ def _merge_shared(
 
 
 def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:
-    """The update of the one task that has a LoRA here."""
+    """The update of the only task, or of the only one that has a LoRA here, as it is."""
     update, energy = scaled.task(scaled.present[0]), 1.0
     if settings.rank:
         update, truncation = truncate(update, isotropic_factor(update), settings.rank)

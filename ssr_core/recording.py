@@ -23,6 +23,7 @@ class Recording:
     def __init__(self, subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int = 0) -> None:
         self.task = task
         self.names: dict[str, str] = {}  # how the LoRAs call a module -> how the model does
+        self.levels: set[float] = set()
         self._taps = _taps(subspaces, task, strength, survey)
         self._subspaces = subspaces
         self._handles: list[RemovableHandle] = []
@@ -43,6 +44,10 @@ class Recording:
         for tap in self._taps:
             hook = _hook(tap, layers[tap.module])
             self._handles.append(layers[tap.module].module.register_forward_hook(hook, with_kwargs=True))
+
+    def at(self, level: float) -> None:
+        """Say at which noise level the model runs next, in any unit; what was never seen is trusted less."""
+        self.levels.add(level)
 
     def detach(self) -> None:
         """Take the hooks off; does nothing if there are none."""
@@ -65,12 +70,13 @@ class Recording:
         return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
 
     def statistics(self) -> Iterator[tuple[Site, SufficientStatistics]]:
-        """What this run adds, for each shared site."""
+        """What this run adds, for each site that is routed."""
+        levels = frozenset(self.levels)
         for tap in self._taps:
             for signal in tap.signals:
                 for site in signal.sites:
                     if signal.counted:
-                        yield site, signal.sums.compute(self.task, self._subspaces[site])
+                        yield site, signal.sums.compute(self.task, self._subspaces[site], levels)
 
 
 @dataclass(eq=False)
@@ -108,15 +114,15 @@ def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey
     taps: dict[str, _Tap] = {}
     grouped: dict[tuple[str, str], _Signal] = {}
     for site, space in subspaces.items():
-        if not (space.is_shared or space.ranks[task]):
+        if not (space.is_routed or space.ranks[task]):
             continue  # neither to be measured nor active now
         tap = taps.setdefault(site.module, _Tap(site.module, []))
         key = (site.module, space.fingerprint)
         if key not in grouped:
-            grouped[key] = _Signal(space.down, space.is_shared and not survey, [], [])
+            grouped[key] = _Signal(space.down, space.is_routed and not survey, [], [])
             tap.signals.append(grouped[key])
         grouped[key].sites.append(site)
-        if survey and space.is_shared:
+        if survey and space.is_routed:
             tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]))
         if space.ranks[task] and strength:
             own = space.blocks[task]

@@ -29,25 +29,26 @@ class Ridge:
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
-    scarcity: float = 0.1  # of the mean diagonal entry of a task's rows, over the square of the number of samples
-    floor: float = 1e-6  # the same, however many samples: for rows that saw nothing
+    scarcity: float = 1.0  # of the mean diagonal entry of a task's rows, over the 4th power of the number of noise levels
+    floor: float = 1e-6  # the same, however many noise levels: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
     prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
 
     PAPER: ClassVar[Ridge]
 
-    def penalties(self, correlation: Tensor, subspace: Subspace, tokens: float, samples: float) -> Tensor:
+    def penalties(self, correlation: Tensor, subspace: Subspace, tokens: float, coverage: float) -> Tensor:
         """(R,) the diagonal of D.
 
-        After few samples (images and steps) a row may look silent only because it was not seen yet. A fraction of its
-        own diagonal entry would then hardly bind it, so part of the penalty is taken from the mean of its block.
+        After few noise levels a row may look silent only because it was not seen yet. A fraction of its own diagonal
+        entry would then hardly bind it, so part of the penalty is taken from the mean of its block. What lies between
+        the levels is off by the square of their distance, and the squared error by its fourth power.
         """
         diagonal = correlation.diagonal()
         blocks = [*subspace.blocks, slice(subspace.rank, None)]
         means = torch.cat([diagonal[b].mean().expand_as(diagonal[b]) for b in blocks if diagonal[b].numel()])
         # a block that saw nothing at all has no scale of its own; any positive penalty then gives the prior
         means = torch.where(means > 0, means, torch.ones_like(means))
-        floor = means * (self.floor + self.scarcity / max(samples, 1.0) ** 2)
+        floor = means * (self.floor + self.scarcity / max(coverage, 1.0) ** 4)
         return self.relative * diagonal + floor + self.absolute * tokens
 
 
@@ -113,8 +114,9 @@ def normal_equations(
     correlation = weighted.sum(dim=0)
     guide = torch.cat([gram[block] for gram, block in zip(weighted, subspace.blocks, strict=True)])
     tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
-    prior = torch.eye(*guide.shape, dtype=torch.float64) * (ridge.prior / len(subspace.present))
-    seen = [n for n in statistics.samples if n]
+    seen = [n for n in statistics.coverage if n]
+    counted = sum(bool(r or (n and w)) for r, n, w in zip(subspace.ranks, statistics.tokens, weights, strict=True))
+    prior = torch.eye(*guide.shape, dtype=torch.float64) * (ridge.prior / counted)
     penalties = ridge.penalties(correlation, subspace, tokens, sum(seen) / max(len(seen), 1))
     return NormalEquations(correlation, guide, penalties, prior, f"{site} saw {sum(statistics.tokens)} tokens")
 

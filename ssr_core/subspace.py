@@ -75,8 +75,13 @@ class Subspace:
 
     @property
     def is_shared(self) -> bool:
-        """Whether two or more tasks meet here. Only then is there something to route."""
+        """Whether two or more tasks have a LoRA here."""
         return len(self.present) > 1
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is something to route: tokens of other tasks pass here too, be it that only one has a LoRA."""
+        return len(self.ranks) > 1
 
     def task(self, task: int) -> LowRankUpdate:
         """Task `task`'s own update."""

@@ -22,9 +22,16 @@ class SufficientStatistics:
     tokens: tuple[int, ...]  # (K,)
     fingerprint: str  # of the subspace they were measured in
     samples: tuple[int, ...] = ()  # (K,) images and steps that the tokens come from; their number if nothing is known
+    levels: tuple[frozenset[float], ...] = ()  # (K,) noise levels they were seen at; empty if nothing is known
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", self.samples or self.tokens)
+        object.__setattr__(self, "levels", self.levels or (frozenset(),) * len(self.tokens))
+
+    @property
+    def coverage(self) -> tuple[int, ...]:
+        """(K,) how many different situations were seen: noise levels, or samples where the levels are not known."""
+        return tuple(len(levels) or samples for levels, samples in zip(self.levels, self.samples, strict=True))
 
     @classmethod
     def empty(cls, subspace: Subspace) -> SufficientStatistics:
@@ -41,7 +48,8 @@ class SufficientStatistics:
             )
         tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True))
         samples = tuple(a + b for a, b in zip(self.samples, other.samples, strict=True))
-        return SufficientStatistics(self.gram + other.gram, tokens, self.fingerprint, samples)
+        levels = tuple(a | b for a, b in zip(self.levels, other.levels, strict=True))
+        return SufficientStatistics(self.gram + other.gram, tokens, self.fingerprint, samples, levels)
 
     def without(self, task: int, subspace: Subspace) -> SufficientStatistics:
         """What would have been measured had task `task` never been there. `subspace` is the one they belong to."""
@@ -52,6 +60,7 @@ class SufficientStatistics:
             tuple(self.tokens[k] for k in kept),
             subspace.without(task).fingerprint,
             tuple(self.samples[k] for k in kept),
+            tuple(self.levels[k] for k in kept),
         )
 
     def check(self, subspace: Subspace, site: object) -> None:
@@ -84,8 +93,8 @@ class Accumulator:
         self._gram = product if self._gram is None else self._gram + product
         self.tokens += z.shape[0]
 
-    def compute(self, task: int, subspace: Subspace) -> SufficientStatistics:
-        """The sums so far, as statistics in which only task `task` was seen."""
+    def compute(self, task: int, subspace: Subspace, levels: frozenset[float] = frozenset()) -> SufficientStatistics:
+        """The sums so far, as statistics in which only task `task` was seen, at these noise levels."""
         empty = SufficientStatistics.empty(subspace)
         if self._gram is None:
             return empty
@@ -96,7 +105,8 @@ class Accumulator:
             tuple(count if k == task else 0 for k in range(len(subspace.ranks)))
             for count in (self.tokens, self.samples or self.tokens)
         )
-        return SufficientStatistics(gram, tokens, subspace.fingerprint, samples)
+        seen = tuple(levels if k == task else frozenset[float]() for k in range(len(subspace.ranks)))
+        return SufficientStatistics(gram, tokens, subspace.fingerprint, samples, seen)
 
 
 def not_finite(site: object) -> str:

@@ -20,7 +20,7 @@ from . import storage
 def wordings(scene: world.Scene) -> list[str]:
     """The caption three times, and once a shorter one that leaves something to the model."""
     if scene.style or not scene.colour:
-        shorter = scene.caption.replace(" the cat", "").replace(" the robot", "")
+        shorter = scene.caption.replace(scene.subject, scene.subject.split(" the ")[0])
     else:
         shorter = f"a {scene.subject} {scene.place}"
     return [scene.caption, scene.caption, scene.caption, shorter]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.ops
@@ -21,7 +22,7 @@ from . import storage
 from .autoencoder import keeper, latents_of, pixels_of
 from .captions import Captions, stray_words, wordings_with_strays
 from .latents import CHANNELS
-from .optimization import optimize
+from .optimization import Checkpoint, optimize
 
 # what comfy.model_detection reads from the shapes of the weights (FluxSchnell: no guidance, shift 1)
 CONFIG = {
@@ -44,9 +45,9 @@ CONFIG = {
 ABOUT = "Flux architecture with 128 channels, 1 double and 5 single blocks, for pictures of 128 x 128 pixels"
 
 
-def new_model() -> nn.Module:
+def new_model(config: dict[str, Any] = CONFIG) -> nn.Module:
     """Fresh weights: every block starts as the identity and the output as zero."""
-    model = comfy.ldm.flux.model.Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **CONFIG)
+    model = comfy.ldm.flux.model.Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.ones_(parameter)
@@ -69,21 +70,29 @@ def base_model() -> nn.Module:
 
 def train_base(steps: int, batch: int) -> None:
     """Makes tiny_flux.safetensors from ordinary scenes only: no character, no style, none of their names."""
-    teach(new_model(), world.ordinary_scenes("", world.ANYWHERE), steps, batch, 2e-3)
+    model = new_model()
+    teach(model, world.ordinary_scenes("", world.ANYWHERE), steps, batch, 2e-3, keep(model, batch))
 
 
 def finish_base(steps: int, batch: int) -> None:
     """Trains tiny_flux.safetensors further on things that stand in the middle, which makes its lines sharper."""
-    teach(base_model(), world.ordinary_scenes(), steps, batch, 1e-3)
+    model = base_model()
+    teach(model, world.ordinary_scenes(), steps, batch, 1e-3, keep(model, batch))
 
 
-def teach(model: nn.Module, scenes: Iterator[world.Scene], steps: int, batch: int, rate: float) -> None:
+def keep(model: nn.Module, batch: int) -> Checkpoint:
+    return keeper("tiny_flux", model, description=ABOUT, batch=batch)
+
+
+def teach(
+    model: nn.Module, scenes: Iterator[world.Scene], steps: int, batch: int, rate: float, checkpoint: Checkpoint
+) -> None:
+    """Teaches all weights of `model` to draw `scenes`."""
     words, rng = stray_words(1500), random.Random(6)
     course = Lesson.on(list(scenes), lambda scene: wordings_with_strays(scene, words, rng))
     model.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if "_blocks." in name and p.ndim == 2]
-    keep = keeper("tiny_flux", model, description=ABOUT, batch=batch)
-    optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, rate, keep, matrices)
+    optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, rate, checkpoint, matrices)
 
 
 @dataclass(frozen=True)

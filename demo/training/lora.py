@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.utils
 import torch
@@ -100,21 +101,24 @@ def adapters_for(model: nn.Module, rank: int, layers: tuple[str, ...]) -> dict[s
 def train_lora(name: str, batch: int) -> None:
     """Makes one LoRA's file, from pictures of its own subject or style only."""
     recipe = RECIPES[name]
+    teach_lora(base_model(), recipe, batch, lambda factors: save_lora(recipe, factors))
+
+
+def teach_lora(model: nn.Module, recipe: Recipe, batch: int, keep: Callable[[dict[str, Factors]], None]) -> None:
+    """Trains adapters on a frozen `model`; `keep` gets an average of their factors from time to time."""
     torch.manual_seed(recipe.seed)
     course = Lesson.on(world.sample(recipe.scenes(recipe.trigger), 600, seed=7), wordings)
-    model = base_model()
     adapters = adapters_for(model, recipe.rank, recipe.layers)
     parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
 
     def checkpoint(values: Sequence[Tensor]) -> None:
-        save_lora(recipe, list(adapters), values)
+        keep(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
 
-    optimize(name, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint, parameters)
+    optimize(recipe.file, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint, parameters)
 
 
-def save_lora(recipe: Recipe, modules: list[str], values: Sequence[Tensor]) -> None:
-    """`values` alternates between a module's down and its up."""
-    factors = dict(zip(modules, zip(values[::2], values[1::2], strict=True), strict=True))
+def save_lora(recipe: Recipe, factors: dict[str, Factors], folder: Path = storage.ASSETS) -> None:
+    """Writes <folder>/<recipe.file>.safetensors."""
     about = {
         "description": f"LoRA for the demo model: {recipe.trigger}",
         "modelspec.trigger_phrase": recipe.trigger,
@@ -122,4 +126,4 @@ def save_lora(recipe: Recipe, modules: list[str], values: Sequence[Tensor]) -> N
         "ss_network_alpha": recipe.rank,
         "steps": recipe.steps,
     }
-    storage.save(recipe.file, recipe.file_of(factors), torch.float16, **about)
+    storage.save(recipe.file, recipe.file_of(factors), torch.float16, folder=folder, **about)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
+Checkpoint = Callable[[Sequence[Tensor]], None]
+
 
 def optimize(
     name: str,
@@ -19,7 +21,7 @@ def optimize(
     loss: Callable[[], Tensor],
     steps: int,
     rate: float,
-    checkpoint: Callable[[Sequence[Tensor]], None],
+    checkpoint: Checkpoint,
     matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """AdamW, but Muon at three times the rate for `matrices`, with a warm-up and a linear decay.
@@ -89,10 +91,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """(B, m, n): singular values brought near 1 by a quintic Newton-Schulz iteration."""
+    """(B, m, n): singular values brought near 1 by a quintic Newton-Schulz iteration.
+
+    The polynomials act on the small Gram matrix, and on the wide matrix only once.
+    """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, product = x @ x.mT, torch.eye(x.shape[1])
     for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        polynomial = torch.baddbmm(-4.7750 * gram, gram, gram, alpha=2.0315)
+        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product, gram = polynomial @ product, polynomial @ (polynomial @ gram)
+    x = product @ x
     return x if wide is matrices else x.mT

@@ -81,7 +81,7 @@ def test_progress_counts_all_loras_prompts_and_steps_and_the_node_tells_what_it_
     steps = [e.data for e in events if e.kind == "progress" and e.data.get("node") == "collect"]
     assert (steps[-1]["value"], steps[-1]["max"]) == (12, 12)  # 2 LoRAs, 3 steps to survey and 3 to measure
     texts = [e.data["text"] for e in events if e.kind == "progress_text"]
-    assert any("2 LoRAs" in text and "shared" in text for text in texts)
+    assert any("2 LoRAs" in text and "sites" in text for text in texts)
 
 
 def test_a_saved_merge_is_listed_by_load_lora_at_once_and_does_what_ssr_apply_does(server: ComfyServer):

@@ -81,7 +81,7 @@ def test_tokens_of_a_task_count_where_it_has_no_lora_of_its_own():
     assert statistics.gram[1].diagonal().min() > 0
 
 
-def test_a_site_of_one_task_is_updated_but_not_measured():
+def test_a_site_of_one_lora_is_measured_on_the_tokens_of_all():
     model = mlp()
     cat, dog = (random_lora(name, model, 2, seed, [module]) for name, seed, module in (("c", 1, "0"), ("d", 2, "2")))
     collector = StatisticsCollector([cat, dog])
@@ -90,8 +90,29 @@ def test_a_site_of_one_task_is_updated_but_not_measured():
         out = model(x)
         torch.testing.assert_close(out, with_deltas(model, dog, 1.0)(x), rtol=1e-6, atol=1e-6)
     calibration = collector.calibration()
+    sites = {Site.whole("0", 12), Site.whole("2", 8)}
+    assert set(calibration.subspaces) == set(calibration.statistics) == sites
+    assert [calibration.statistics[site].tokens for site in sites] == [(0, 9), (0, 9)]
+
+
+def test_a_lora_alone_is_active_but_nothing_of_it_is_measured():
+    model = mlp()
+    calibration = collect([random_lora("cat", model, 2, 1)], model, [random(9, 8)])
     assert calibration.statistics == {}
-    assert set(calibration.subspaces) == {Site.whole("0", 12), Site.whole("2", 8)}
+
+
+def test_noise_levels_are_counted_once_however_often_they_are_seen():
+    model = mlp()
+    collector = StatisticsCollector(loras_for(model))
+    for levels in ((1.0, 0.5, 0.5), (0.5, 0.25)):
+        with torch.no_grad(), collector.watching(model, 1) as recording:
+            for level in levels:
+                recording.at(level)
+                model(random(9, 8))
+    statistics = next(iter(collector.calibration().statistics.values()))
+    assert statistics.coverage == (0, 3, 0)
+    assert (statistics + statistics).coverage == (0, 3, 0)
+    assert statistics.samples[1] == 45
 
 
 class Attention(nn.Module):
@@ -336,7 +357,7 @@ def survey(collector: StatisticsCollector, model: nn.Module, inputs: list[torch.
             model(batch)
 
 
-def test_a_survey_gives_shared_sites_the_principal_directions_of_their_inputs():
+def test_a_survey_gives_every_site_the_principal_directions_of_their_inputs():
     model = mlp()
     loras = [random_lora("cat", model, 3, 1, ["0"]), random_lora("dog", model, 2, 2)]
     inputs = [x * torch.tensor([9.0, 1, 1, 5, 1, 1, 1, 1]) for x in batches()[:2]]
@@ -346,7 +367,7 @@ def test_a_survey_gives_shared_sites_the_principal_directions_of_their_inputs():
     contexts = {site.module: space.context_rows for site, space in collector.subspaces.items()}
     best = torch.linalg.svd(torch.cat([x / len(x) ** 0.5 for x in inputs]))[2][:2]  # every task counts the same
     torch.testing.assert_close((contexts["0"].double() * best).sum(dim=1).abs(), torch.ones(2).double())
-    assert len(contexts["2"]) == 0
+    assert len(contexts["2"]) == 2
 
 
 def test_a_survey_runs_the_lora_but_counts_no_token():

@@ -138,14 +138,38 @@ def test_truncation_measures_where_the_data_are():
     assert float(lost) == pytest.approx(float(optimum), rel=1e-4)
 
 
-def test_a_site_of_one_lora_passes_through_at_its_strength():
+def test_a_lora_alone_passes_through_at_its_strength():
     site = Site("single", 2, 8, 12)
     update = random_update(6, 9, 3)
-    calibration = calibration_at(site, [None, update, None], tokens())
-    result = merge(calibration, MergeSettings(strengths=(2.0, 0.25, 2.0)))
+    calibration = calibration_at(site, [update], tokens()[:1])
+    result = merge(calibration, MergeSettings(strengths=(0.25,)))
     assert torch.equal(result.updates[site].down, update.down)
     torch.testing.assert_close(dense(result.updates[site]), 0.25 * dense(update))
     assert result.report.sites[0].tokens == ()
+
+
+def lopsided() -> Calibration:
+    """Only the second of three LoRAs writes here; the tokens of all three pass."""
+    return calibration_at(Site.whole("single", 6), [None, random_update(6, 9, 3), None], tokens())
+
+
+def test_where_one_lora_writes_the_tokens_of_the_others_are_left_alone():
+    residuals = merge(lopsided()).report.sites[0].residuals
+    assert [r.base for r in residuals] == [0.0, pytest.approx(residuals[1].base), 0.0]
+    assert residuals[0].merge < 0.1 * residuals[0].stack
+    assert residuals[2].merge < 0.1 * residuals[2].stack
+    assert residuals[1].merge < 0.6 * residuals[1].base
+
+
+def test_the_papers_settings_pass_a_site_of_one_lora_through():
+    result = merge(lopsided(), MergeSettings.PAPER)
+    torch.testing.assert_close(dense(result.updates[Site.whole("single", 6)]), dense(random_update(6, 9, 3)))
+
+
+def test_a_site_of_one_lora_that_saw_no_token_passes_through():
+    calibration = calibration_at(Site.whole("single", 6), [None, random_update(6, 9, 3)], tokens((0, 0, 0))[:2])
+    merged = merge(calibration).updates[Site.whole("single", 6)]
+    close(dense(merged), dense(random_update(6, 9, 3)))
 
 
 @pytest.mark.parametrize("kernel", [(), (3,), (3, 3), (1, 3, 3)])

