@@ -6,8 +6,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "demo"), str(ROOT / "tests" / "support")]
@@ -33,3 +37,14 @@ class nodes:
 
 
 ssr_core = _part("ssr_core")
+CONTEXT = _part("ssr_core.collect").CONTEXT
+LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
+
+
+def collect(
+    patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int, context: int = CONTEXT
+) -> Any:
+    """What SSR Collect Stats does, without its progress bar."""
+    runs = nodes.calibrate.plan(tasks, nodes.calibrate.Sampling(0, steps, "euler", "simple"), context)
+    ignore = lambda _: None  # noqa: E731
+    return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, context, ignore, ignore)[0]

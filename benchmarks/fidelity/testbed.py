@@ -136,10 +136,14 @@ class Testbed:
     def loaded(self, task: Any) -> Any:
         return host.nodes.patches.read_task(task, self.patcher.model)
 
+    def updates(self, name: str) -> Mapping[Any, Any]:
+        """One LoRA as the pack reads it."""
+        return self.loaded(self.task(name, 1)).lora.updates
+
     def alone(self, name: str) -> Deltas:
         """One LoRA as dense differences."""
         if name not in self._alone:
-            self._alone[name] = dense(self.loaded(self.task(name, 1)).lora.updates)
+            self._alone[name] = dense(self.updates(name))
         return self._alone[name]
 
     def _measured(self, name: str) -> Reference:

@@ -3,14 +3,15 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/fidelity/train.py --width 384
 
-At width 128 base model and four LoRAs are the demo's own, and only the held-out ones are trained. What exists already
-is not trained again, so an interrupted run goes on where it was.
+At width 128 the base model is the demo's own. What exists already is not trained again, so an interrupted run goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,13 +60,17 @@ def train_lora(width: int, recipe: lora.Recipe, batch: int) -> None:
     lora.save_lora(recipe, last, folder_of(width))
 
 
-def provide(width: int, name: str) -> None:
-    """The demo's file, where it has one for this width."""
-    target = folder_of(width) / f"{name}.safetensors"
-    source = storage.ASSETS / f"{'tiny_flux' if name == BASE else name}.safetensors"
-    if width == DEMO_WIDTH and source.exists() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source)
+def provide_base(width: int, steps: int, batch: int) -> None:
+    """The demo's model at its width, else one of our own."""
+    target = folder_of(width) / f"{BASE}.safetensors"
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if width == DEMO_WIDTH:
+        shutil.copy(storage.ASSETS / "tiny_flux.safetensors", target)
+    else:
+        torch.manual_seed(0)
+        train_base(width, steps, batch)
 
 
 def main() -> None:
@@ -78,11 +83,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     cast.join_world()
     recipes = cast.recipes()
-    for name in (BASE, *(recipe.file for recipe in recipes.values())):
-        provide(args.width, name)
-    if not (folder_of(args.width) / f"{BASE}.safetensors").exists():
-        torch.manual_seed(0)
-        train_base(args.width, args.base_steps, args.batch)
+    provide_base(args.width, args.base_steps, args.batch)
     for name in args.loras or [*cast.HELD_OUT, *cast.TUNING]:
         if not (folder_of(args.width) / f"{recipes[name].file}.safetensors").exists():
             train_lora(args.width, recipes[name], args.batch)

@@ -63,6 +63,7 @@ class Recipe:
     scenes: Callable[[str], Iterator[world.Scene]]
     steps: int
     seed: int
+    muon: bool = True  # else AdamW, as most people's LoRAs are trained
     layers: tuple[str, ...] = ("",)  # how the names of the layers end that it changes; every name ends in nothing
 
 
@@ -73,7 +74,7 @@ RECIPES = {
     "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_file, world.character_scenes, 300, 10),
     "robo": Recipe("robo_robot", "robo the robot", 8, native_file, world.character_scenes, 300, 11),
     "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 500, 12),
-    "sepia": Recipe("sepia_style", world.SEPIA, 16, diffusers_file, world.ordinary_scenes, 400, 12, CONDITIONING),
+    "sepia": Recipe("sepia_style", world.SEPIA, 16, diffusers_file, world.ordinary_scenes, 400, 12, layers=CONDITIONING),
 }
 
 
@@ -114,7 +115,8 @@ def teach_lora(model: nn.Module, recipe: Recipe, batch: int, keep: Callable[[dic
     def checkpoint(values: Sequence[Tensor]) -> None:
         keep(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
 
-    optimize(recipe.file, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint, parameters)
+    matrices = parameters if recipe.muon else ()
+    optimize(recipe.file, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint, matrices)
 
 
 def save_lora(recipe: Recipe, factors: dict[str, Factors], folder: Path = storage.ASSETS) -> None:

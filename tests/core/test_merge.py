@@ -156,8 +156,8 @@ def lopsided() -> Calibration:
 def test_where_one_lora_writes_the_tokens_of_the_others_are_left_alone():
     residuals = merge(lopsided()).report.sites[0].residuals
     assert [r.base for r in residuals] == [0.0, pytest.approx(residuals[1].base), 0.0]
-    assert residuals[0].merge < 0.1 * residuals[0].stack
-    assert residuals[2].merge < 0.1 * residuals[2].stack
+    assert residuals[0].merge < 0.2 * residuals[0].stack
+    assert residuals[2].merge < 0.2 * residuals[2].stack
     assert residuals[1].merge < 0.6 * residuals[1].base
 
 
