@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
 import torch
 
-from ..ssr_core import Calibration, Recording, StatisticsCollector, StatisticsError
+from ..ssr_core import (
+    Calibration,
+    LowRankUpdate,
+    Recording,
+    Refinement,
+    Site,
+    StatisticsCollector,
+    StatisticsError,
+    merge,
+)
 from .patches import LoadedLora
 from .sockets import Carried, Task
 
@@ -38,6 +48,17 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         super().__init__(patcher)
         self.recording = recording
 
+    def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.recording.at(float(f"{timestep.flatten()[0]:.4g}"))
+        if not isinstance(self.recording, Refinement):
+            return super().predict_noise(x, timestep, *args, **kwargs)
+        # the LoRA alone leads the way; the merge is looked at in the same places
+        with self.recording.alone():
+            denoised = super().predict_noise(x, timestep, *args, **kwargs)
+        with self.recording.merged():
+            super().predict_noise(x, timestep, *args, **kwargs)
+        return denoised
+
     def inner_sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.recording.attach(self.inner_model)
         try:
@@ -46,20 +67,24 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         finally:
             self.recording.detach()
 
-    def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.recording.at(float(f"{timestep.flatten()[0]:.4g}"))
-        return super().predict_noise(x, timestep, *args, **kwargs)
+
+class Kind(Enum):
+    """What a run is for, in the order in which they come."""
+
+    SURVEY = "looking"  # for directions in which the layers' inputs vary
+    MEASURE = "measuring"
+    REFINE = "refining"  # comparing a first merge with the LoRA alone
 
 
 @dataclass(frozen=True)
 class Run:
-    """One recording: some prompts of one task, to measure, or beforehand to survey what the layers see."""
+    """One recording: some prompts of one task."""
 
     index: int  # of the task
     task: Task
     prompts: list[Any]
     sampling: Sampling
-    survey: bool
+    kind: Kind
 
     @property
     def steps(self) -> int:
@@ -67,13 +92,17 @@ class Run:
 
 
 SURVEY_STEPS = 4
+REFINE = 1
+REFINE_STEPS = 3  # with fewer, a correction fits the few noise levels seen and is off at the others
 
 
-def plan(tasks: Sequence[Task], sampling: Sampling, context: int) -> list[Run]:
-    """All prompts of every task; before them, for context rows, a short look at the first prompt of each."""
+def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:
+    """All prompts of every task, and again for each refinement; before, for context rows, a look at each first prompt."""
     short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
-    looks = [Run(i, task, task.conditioning[:1], short, True) for i, task in enumerate(tasks) if context]
-    return looks + [Run(i, task, task.conditioning, sampling, False) for i, task in enumerate(tasks)]
+    looks = [Run(i, task, task.conditioning[:1], short, Kind.SURVEY) for i, task in enumerate(tasks) if context]
+    measuring = [Run(i, task, task.conditioning, sampling, Kind.MEASURE) for i, task in enumerate(tasks)]
+    refine = refine if sampling.steps >= REFINE_STEPS else 0
+    return looks + measuring + refine * [replace(run, kind=Kind.REFINE) for run in measuring]
 
 
 def calibrate(
@@ -93,11 +122,15 @@ def calibrate(
     """
     collector = StatisticsCollector([one.lora for one in loaded])
     silent: set[str] = set()
+    updates: Mapping[Site, LowRankUpdate] = {}
     for number, run in enumerate(runs):
         on_run(number)
-        if not run.survey and runs[number - 1].survey:
+        before = runs[number - 1]
+        if run.kind is Kind.MEASURE and before.kind is Kind.SURVEY:
             collector.see(context)
-        with collector.recording(run.index, context if run.survey else 0) as recording:
+        if run.kind is Kind.REFINE and run.index <= before.index:  # once for all tasks
+            updates = merge(collector.calibration()).updates
+        with _recording(collector, run, context, updates) as recording:
             _sample(_prepared(patcher, run.task, loaded[run.index].carried), run, recording, latent, on_step)
             if not recording.heard:
                 raise StatisticsError(
@@ -106,6 +139,14 @@ def calibrate(
                 )
         silent.update(recording.silent)
     return collector.calibration(), tuple(sorted(silent))
+
+
+def _recording(
+    collector: StatisticsCollector, run: Run, context: int, updates: Mapping[Site, LowRankUpdate]
+) -> AbstractContextManager[Recording]:
+    if run.kind is Kind.REFINE:
+        return collector.refinement(run.index, updates)
+    return collector.recording(run.index, context if run.kind is Kind.SURVEY else 0)
 
 
 def _sample(

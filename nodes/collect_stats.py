@@ -15,7 +15,7 @@ from server import PromptServer
 
 from ..ssr_core import Calibration, LoraError
 from ..ssr_core.collect import CONTEXT
-from .calibrate import Sampling, calibrate, plan
+from .calibrate import REFINE, Sampling, calibrate, plan
 from .patches import read_task
 from .provenance import describe
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, schema
@@ -75,6 +75,16 @@ class SSRCollectStats(io.ComfyNode):
                     "apart. They do not enlarge the result. 0 is the paper's method.",
                     **ADVANCED,
                 ),
+                io.Int.Input(
+                    "refine",
+                    default=REFINE,
+                    min=0,
+                    max=8,
+                    optional=True,
+                    tooltip="How many times a first merge is tried beside each LoRA alone, so that the final one makes "
+                    "up for what merging itself does to the layers' inputs. Each time takes twice as long as measuring.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
             hidden=[io.Hidden.unique_id],
@@ -91,20 +101,23 @@ class SSRCollectStats(io.ComfyNode):
         sampler_name: str,
         scheduler: str,
         context: int = CONTEXT,
+        refine: int = REFINE,
     ) -> io.NodeOutput:
         started = time.perf_counter()
         if not tasks:
             raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
         loaded = [read_task(task, model.model) for task in tasks]
         sampling = Sampling(seed, steps, sampler_name, scheduler)
-        runs = plan(tasks, sampling, context)
+        runs = plan(tasks, sampling, context, refine)
         calibration, silent = calibrate(
             *(model, loaded, runs, latent, context),
             on_step=_progress(model, sum(run.steps for run in runs)),
-            on_run=lambda number: _say(cls, f"{number + 1} of {len(runs)}: {runs[number].task.name}"),
+            on_run=lambda number: _say(
+                cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
+            ),
         )
         _say(cls, _summary(calibration, tasks, time.perf_counter() - started))
-        provenance = describe(model, loaded, tasks, sampling, context)
+        provenance = describe(model, loaded, tasks, sampling, context, refine)
         return io.NodeOutput(Stats(calibration, tuple(one.carried for one in loaded), silent, provenance))
 
 

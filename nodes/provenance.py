@@ -26,7 +26,7 @@ _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux ma
 
 
 def describe(
-    model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling, context: int
+    model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling, context: int, refine: int
 ) -> dict[str, str]:
     """What is known once the statistics are collected."""
     sources = [
@@ -38,7 +38,9 @@ def describe(
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
         "ssr.sources": json.dumps(sources),
-        "ssr.calibration": json.dumps({**asdict(sampling), "context": context, "model": type(model.model).__name__}),
+        "ssr.calibration": json.dumps(
+            {**asdict(sampling), "context": context, "refine": refine, "model": type(model.model).__name__}
+        ),
     }
     if architecture := _architecture(model.model, sources):
         metadata["modelspec.architecture"] = architecture

@@ -19,6 +19,7 @@ R = rank + context rows, which belong to no task.
 
 from .calibration import Calibration
 from .collect import StatisticsCollector
+from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
 from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
@@ -27,6 +28,7 @@ from .low_rank_update import LowRankUpdate, concatenate
 from .merge import Merge, MergeSettings, merge
 from .rank import truncate
 from .recording import Recording
+from .refinement import Refinement
 from .router import Ridge, normal_equations, route, solve_router
 from .site import Site, align_rows, join_rows
 from .subspace import Subspace, join_loras
@@ -35,6 +37,7 @@ from .sufficient_statistics import Accumulator, SufficientStatistics
 __all__ = [
     "Accumulator",
     "Calibration",
+    "Correction",
     "Lora",
     "LoraError",
     "LowRankUpdate",
@@ -42,6 +45,7 @@ __all__ = [
     "MergeSettings",
     "ModelMismatchError",
     "Recording",
+    "Refinement",
     "Report",
     "Residual",
     "Ridge",

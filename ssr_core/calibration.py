@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .correction import Correction
 from .errors import StatisticsError
 from .lora import Lora
 from .site import Site
@@ -19,6 +20,7 @@ class Calibration:
     loras: tuple[Lora, ...]
     subspaces: Mapping[Site, Subspace]
     statistics: Mapping[Site, SufficientStatistics]
+    corrections: Mapping[Site, Correction] = field(default_factory=dict)  # of sites that a merge was tried at
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,10 +43,16 @@ class Calibration:
                 "only statistics of the same LoRAs in the same order add up."
             )
         sums = {site: statistics + other.statistics[site] for site, statistics in self.statistics.items()}
-        return Calibration(self.loras, self.subspaces, sums)
+        corrections = {**self.corrections, **other.corrections}
+        for site in self.corrections.keys() & other.corrections.keys():
+            corrections[site] = self.corrections[site] + other.corrections[site]
+        return Calibration(self.loras, self.subspaces, sums, corrections)
 
     def without(self, task: int) -> Calibration:
-        """As if LoRA `task` had never been there; the others need no new calibration."""
+        """As if LoRA `task` had never been there; the others need no new calibration.
+
+        Corrections are of a merge in which it was, so none are left.
+        """
         check_task(task, self.loras)
         kept = {
             site: (space.without(task), self.statistics.get(site), space)

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, check_task
+from .correction import Correction
 from .errors import LoraError, StatisticsError
 from .lora import Lora
+from .low_rank_update import LowRankUpdate
 from .recording import Recording
+from .refinement import Refinement
 from .site import Site
 from .sketch import principal_rows
 from .subspace import Subspace, join_loras
 from .sufficient_statistics import SufficientStatistics, not_finite
 
-CONTEXT = 64  # context rows per layer
+CONTEXT = 128  # context rows per layer
 
 
 class StatisticsCollector:
@@ -39,6 +42,7 @@ class StatisticsCollector:
         if not self.subspaces:
             raise LoraError(f"None of {', '.join(lora.name for lora in loras)} holds a low-rank update.")
         self._statistics: dict[Site, SufficientStatistics] = {}
+        self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
         self._surveyed = 0  # context rows that the surveys looked for
         self._surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
@@ -66,6 +70,36 @@ class StatisticsCollector:
         with self.recording(task, rows) as recording:
             recording.attach(model)
             yield recording
+
+    @contextmanager
+    def refining(self, model: nn.Module, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
+        """Compare a merge, given by its updates, with LoRA `task` alone; a second merge then makes up for the first.
+
+        >>> with torch.no_grad(), collector.refining(model, task, merge(collector.calibration()).updates) as run:
+        ...     with run.alone():
+        ...         model(**batch)
+        ...     with run.merged():
+        ...         model(**batch)
+        """
+        with self.refinement(task, updates) as refinement:
+            refinement.attach(model)
+            yield refinement
+
+    @contextmanager
+    def refinement(self, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
+        """Like `refining`, for hosts that decide themselves when the hooks go on and off."""
+        check_task(task, self.loras)
+        known = {self._renamed(site): site for site in self.subspaces}
+        ours = {known.get(site, site): update for site, update in updates.items()}
+        refinement = Refinement(self.subspaces, ours, task, [lora.strength for lora in self.loras])
+        try:
+            yield refinement
+        finally:
+            refinement.detach()
+        found = dict(refinement.corrections())
+        self._corrections.update(
+            {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
+        )
 
     @contextmanager
     def recording(self, task: int, survey: int = 0) -> Iterator[Recording]:
@@ -100,16 +134,16 @@ class StatisticsCollector:
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""
-        names = self._names
-
-        def renamed(site: Site) -> Site:
-            return Site(names.get(site.module, site.module), site.start, site.stop, site.out_features)
-
+        renamed = self._renamed
         return Calibration(
             self.loras,
             {renamed(site): space for site, space in self.subspaces.items()},
             {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
+            {renamed(site): correction for site, correction in self._corrections.items()},
         )
+
+    def _renamed(self, site: Site) -> Site:
+        return Site(self._names.get(site.module, site.module), site.start, site.stop, site.out_features)
 
     def _sums_with(self, recording: Recording) -> dict[Site, SufficientStatistics]:
         sums = {}

@@ -23,15 +23,22 @@ class Residual:
     merge: float  # distance of the merge from the LoRA alone
 
 
-def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor) -> tuple[Residual, ...]:
+def residuals(
+    statistics: SufficientStatistics, scaled: Subspace, router: Tensor, basis: Tensor | None = None
+) -> tuple[Residual, ...]:
     """(K,) how far base, plain stack and merge are from each LoRA alone, on that LoRA's own tokens.
 
     Args:
         scaled: the subspace with each task at its strength.
         router: (rank, R), as it is in the result: blended and truncated.
+        basis: (out, rank) that the router writes to instead of the LoRAs' own `up`.
     """
-    energy = _energy(scaled)
-    plain = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+    if basis is not None:  # both side by side, so that they can be compared
+        router = torch.cat([router.new_zeros(scaled.rank, router.shape[1]), router])
+    up = scaled.up if basis is None else torch.cat([scaled.up.to(basis), basis], dim=1)
+    energy = _energy(up)
+    plain = torch.eye(*router.shape, dtype=torch.float64)
+    plain[scaled.rank :] = 0
     found = []
     for base, gram, block in zip(effects(statistics, scaled), statistics.gram, scaled.blocks, strict=True):
         alone = torch.zeros_like(plain)
@@ -42,16 +49,16 @@ def residuals(statistics: SufficientStatistics, scaled: Subspace, router: Tensor
 
 def effects(statistics: SufficientStatistics, scaled: Subspace) -> list[float]:
     """(K,) the whole effect of each LoRA: the sum over its own tokens of |up_k z_k|^2."""
-    energy = _energy(scaled)
+    energy = _energy(scaled.up)
     return [
         float((energy[block, block] * gram[block, block]).sum())
         for gram, block in zip(statistics.gram, scaled.blocks, strict=True)
     ]
 
 
-def _energy(scaled: Subspace) -> Tensor:
+def _energy(up: Tensor) -> Tensor:
     """E = up^T up, (rank, rank): |up c|^2 = c^T E c"""
-    return (scaled.up.mT.double() @ scaled.up.double()).cpu()
+    return (up.mT.double() @ up.double()).cpu()
 
 
 def _squared(energy: Tensor, difference: Tensor, gram: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ModelMismatchError
+from .low_rank_update import LowRankUpdate
+from .site import Site
 
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
 
@@ -59,6 +61,29 @@ class Layer:
             widest = max(x.shape[-1], output.shape[-1], 2 * rank)  # the signal is summed in float64
             size = max(1, CHUNK_BYTES // (4 * widest))
             yield from zip(tokens.split(size), written.split(size), strict=True)
+
+    def plus(self, x: Tensor, output: Tensor, updates: Iterable[tuple[Site, LowRankUpdate]]) -> Tensor:
+        """The output with updates of this layer added to a copy of it."""
+        result, dtype = output.clone(memory_format=torch.contiguous_format), compute_dtype(x)
+        for site, update in updates:
+            down = update.down.reshape(-1, *self.weight_shape[1:]).to(x.device, dtype)
+            up = update.up.to(x.device, dtype)
+            for piece, written in self.chunks(x, result, len(down)):
+                rows = written[..., site.start : site.stop]
+                rows += (self.project(piece.to(dtype), down) @ up.mT).reshape(rows.shape)
+        return result
+
+    def outputs(self, output: Tensor) -> Tensor:
+        """(tokens, out)"""
+        if self.is_conv:
+            output = (output if output.ndim == len(self.weight_shape) else output[None]).movedim(1, -1)
+        return output.flatten(0, -2)
+
+    def project_some(self, x: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
+        """`project` for the tokens with these indices only."""
+        if not self.is_conv:
+            return self.project(x.flatten(0, -2)[chosen], down)
+        return self.project(x if x.ndim == len(self.weight_shape) else x[None], down)[chosen]
 
     def samples(self, x: Tensor) -> int:
         """The size of the batch: each of its entries is one image at one step."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .calibration import Calibration
+from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
 from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
 from .rank import isotropic_factor, truncate
-from .router import Ridge, normal_equations, route, solve_router
+from .router import Ridge, normal_equations, solve_router, solve_up
 from .site import Site
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
@@ -31,6 +32,7 @@ class MergeSettings:
     strengths: tuple[float, ...] | None = None  # (K,) instead of the LoRAs' own
     weights: tuple[float, ...] | None = None  # (K,) how much each task's tokens count
     balanced: bool = True  # whether tasks count the same however strong they are and however many tokens they saw
+    corrected: bool = True  # whether corrections count, if there are any
     count_absent: bool = True  # whether tokens of a task count where it has no LoRA, to be left alone there
 
     PAPER: ClassVar[MergeSettings]
@@ -51,7 +53,7 @@ class MergeSettings:
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
 
-MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, count_absent=False)
+MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, corrected=False, count_absent=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +90,13 @@ def merge(
         if space.is_shared or (space.is_routed and settings.count_absent)
     }
     weights = _weights(calibration, settings)
+    corrections = _corrections(calibration, strengths) if settings.corrected and settings.routing else {}
     for done, (site, space) in enumerate(calibration.subspaces.items()):
         on_site(done, len(calibration.subspaces))
         scaled = space.scaled(strengths)
         if site in measured:
-            update, report = _merge_routed(site, scaled, measured[site], weights[site], settings)
+            correction = corrections.get(site)
+            update, report = _merge_routed(site, scaled, measured[site], correction, weights[site], settings)
         else:
             update, report = _pass_through(site, scaled, settings)
         updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
@@ -101,21 +105,31 @@ def merge(
 
 
 def _merge_routed(
-    site: Site, scaled: Subspace, statistics: SufficientStatistics, weights: Sequence[float], settings: MergeSettings
+    site: Site,
+    scaled: Subspace,
+    statistics: SufficientStatistics,
+    correction: Correction | None,
+    weights: Sequence[float],
+    settings: MergeSettings,
 ) -> tuple[LowRankUpdate, SiteReport]:
-    equations = normal_equations(statistics, scaled, weights, settings.ridge, site)
-    router = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
-    if settings.routing:
-        router = torch.lerp(router, solve_router(equations), settings.routing)
-    # `up` R has the rank of `up`, so the rows of the context cost no rank and cutting to it loses nothing
+    equations = normal_equations(statistics, scaled, weights, settings.ridge, site, correction)
+    # what is written is `basis` @ `router` @ z
+    basis = scaled.up.double()
+    router = plain = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+    if settings.routing and correction is not None:
+        basis = torch.lerp(basis @ plain, solve_up(equations, scaled, correction, weights), settings.routing)
+        router = torch.eye(len(plain.mT), dtype=torch.float64)
+    elif settings.routing:
+        router = torch.lerp(plain, solve_router(equations), settings.routing)
+    # the joint rank is all that there is without corrections: context rows cost no rank, and cutting to it loses nothing
     rank = settings.rank or (scaled.rank if scaled.context and settings.routing else 0)
-    energy = 1.0
-    if not rank:
-        update = route(scaled, router) if settings.routing else scaled.plain_stack()
-    else:
-        update, truncation = truncate(route(scaled, router), equations.factor, rank)
+    update, energy = LowRankUpdate(scaled.down, basis @ router), 1.0
+    if not (rank or settings.routing):
+        update = scaled.plain_stack()
+    elif rank:
+        update, truncation = truncate(update, equations.factor, rank)
         router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
-    kept = residuals(statistics, scaled, router)
+    kept = residuals(statistics, scaled, router, None if correction is None else basis)
     report = SiteReport(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy)
     return update, report
 
@@ -160,6 +174,14 @@ def _filled(effects: Tensor, tokens: Tensor) -> Tensor:
     there = (effects > 0) & (tokens > 0)
     mean = (effects[there] / tokens[there]).mean() if there.any() else torch.ones((), dtype=torch.float64)
     return torch.where(there, effects, mean * tokens.clamp_min(1))
+
+
+def _corrections(calibration: Calibration, strengths: tuple[float, ...]) -> dict[Site, Correction]:
+    """Those that hold at these strengths."""
+    found = {site: seen for site, seen in calibration.corrections.items() if seen.strengths == tuple(strengths)}
+    for site, correction in found.items():
+        correction.check(calibration.subspaces[site], site)
+    return found
 
 
 def _statistics_of(calibration: Calibration, site: Site, space: Subspace) -> SufficientStatistics:

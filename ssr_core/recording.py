@@ -42,7 +42,7 @@ class Recording:
         self._attached = model
         self.names.update({module: layer.name for module, layer in layers.items()})
         for tap in self._taps:
-            hook = _hook(tap, layers[tap.module])
+            hook = self._hook(tap, layers[tap.module])
             self._handles.append(layers[tap.module].module.register_forward_hook(hook, with_kwargs=True))
 
     def at(self, level: float) -> None:
@@ -69,6 +69,9 @@ class Recording:
         """What a survey found, for each module that ran."""
         return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
 
+    def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
+        return _counting_hook(tap, layer)
+
     def statistics(self) -> Iterator[tuple[Site, SufficientStatistics]]:
         """What this run adds, for each site that is routed."""
         levels = frozenset(self.levels)
@@ -80,7 +83,7 @@ class Recording:
 
 
 @dataclass(eq=False)
-class _Signal:
+class Signal:
     """One joint `down` of a module and the sites that share it: slices of a fused LoRA need one projection."""
 
     down: Tensor  # (R, in, *kernel)
@@ -91,11 +94,11 @@ class _Signal:
 
 
 @dataclass(eq=False)
-class _Tap:
+class Tap:
     """What the hook on one module needs."""
 
     module: str
-    signals: list[_Signal]
+    signals: list[Signal]
     sketch: Sketch | None = None
     fired: bool = False
 
@@ -110,16 +113,16 @@ class _Tap:
                 )
 
 
-def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int) -> list[_Tap]:
-    taps: dict[str, _Tap] = {}
-    grouped: dict[tuple[str, str], _Signal] = {}
+def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int) -> list[Tap]:
+    taps: dict[str, Tap] = {}
+    grouped: dict[tuple[str, str], Signal] = {}
     for site, space in subspaces.items():
         if not (space.is_routed or space.ranks[task]):
             continue  # neither to be measured nor active now
-        tap = taps.setdefault(site.module, _Tap(site.module, []))
+        tap = taps.setdefault(site.module, Tap(site.module, []))
         key = (site.module, space.fingerprint)
         if key not in grouped:
-            grouped[key] = _Signal(space.down, space.is_routed and not survey, [], [])
+            grouped[key] = Signal(space.down, space.is_routed and not survey, [], [])
             tap.signals.append(grouped[key])
         grouped[key].sites.append(site)
         if survey and space.is_routed:
@@ -130,11 +133,11 @@ def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey
     return list(taps.values())
 
 
-def _hook(tap: _Tap, layer: Layer) -> Callable[..., Tensor]:
+def _counting_hook(tap: Tap, layer: Layer) -> Callable[..., Tensor]:
     """The forward hook of one module: project, count, and add the running task's update to the output."""
-    placed: dict[tuple[torch.device, torch.dtype], list[tuple[_Signal, Tensor, list[Tensor]]]] = {}
+    placed: dict[tuple[torch.device, torch.dtype], list[tuple[Signal, Tensor, list[Tensor]]]] = {}
 
-    def place(device: torch.device, dtype: torch.dtype) -> list[tuple[_Signal, Tensor, list[Tensor]]]:
+    def place(device: torch.device, dtype: torch.dtype) -> list[tuple[Signal, Tensor, list[Tensor]]]:
         return [
             (
                 signal,

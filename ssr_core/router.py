@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .correction import Correction
 from .errors import SolveError
 from .low_rank_update import LowRankUpdate
 from .subspace import Subspace
@@ -29,7 +30,9 @@ class Ridge:
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
-    scarcity: float = 1.0  # of the mean diagonal entry of a task's rows, over the 4th power of the number of noise levels
+    scarcity: float = (
+        1.0  # of the mean diagonal entry of a task's rows, over the 4th power of the number of noise levels
+    )
     floor: float = 1e-6  # the same, however many noise levels: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
     prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
@@ -104,14 +107,19 @@ def normal_equations(
     weights: Sequence[float],
     ridge: Ridge,
     site: object = "this site",
+    correction: Correction | None = None,
 ) -> NormalEquations:
     """The normal equations of a weighted sum of the tasks' tokens.
 
     Args:
         weights: (K,) what each task's sums are multiplied with.
+        correction: further tokens, for `solve_up`.
     """
-    weighted = statistics.gram * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    factors = torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    weighted = statistics.gram * factors
     correlation = weighted.sum(dim=0)
+    if correction is not None:
+        correlation = correlation + (correction.gram * factors).sum(dim=0)
     guide = torch.cat([gram[block] for gram, block in zip(weighted, subspace.blocks, strict=True)])
     tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
     seen = [n for n in statistics.coverage if n]
@@ -128,6 +136,20 @@ def solve_router(equations: NormalEquations) -> Tensor:
         SolveError: G + D is not positive definite.
     """
     target = equations.guide + equations.prior * equations.penalties
+    return torch.cholesky_solve(target.mT, equations.factor).mT
+
+
+def solve_up(equations: NormalEquations, scaled: Subspace, correction: Correction, weights: Sequence[float]) -> Tensor:
+    """The routed `up`, (out, R), that also makes up for what the merge did to its own inputs.
+
+    M minimizes  sum |M z - up_k z_k|^2  +  sum |M z' - t|^2  +  |(M - up R0) D^(1/2)|^2,  see Correction.
+
+    Raises:
+        SolveError: the sum of both correlations with D is not positive definite.
+    """
+    target = scaled.up.double() @ (equations.guide + equations.prior * equations.penalties)
+    for weight, found in zip(weights, correction.target, strict=True):
+        target += weight * found.double()
     return torch.cholesky_solve(target.mT, equations.factor).mT
 
 

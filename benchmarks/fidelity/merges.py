@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import host
 import torch
 from peft.utils.merge_utils import dare_ties, ties
-from torch import Tensor
-
-import host
 from testbed import Deltas, Testbed, dense
+from torch import Tensor
 
 DENSITY = 0.5  # of TIES and DARE-TIES: the share of values that is kept
 STACKS = ("stack 1.0", "stack 0.7", "stack 1/K")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +16,9 @@ Rows = Sequence[dict]
 
 
 def text(about: str, rows: Rows) -> str:
-    parts = [f"# Fidelity\n\n{about}\nError: 0 = the LoRA alone, 1 = the base model, mean over the LoRAs of a subset.\n"]
+    parts = [
+        f"# Fidelity\n\n{about}\nError: 0 = the LoRA alone, 1 = the base model, mean over the LoRAs of a subset.\n"
+    ]
     for kind in ("velocity", "image"):
         parts.append(f"## {kind.capitalize()} error, mean over {len(_subsets(rows))} subsets\n\n{_means(rows, kind)}")
     parts.append(f"## Ratios\n\n{_ratios(rows)}")
@@ -37,6 +40,11 @@ def budgets(rows: Rows) -> list[tuple[int, int]]:
     return sorted({(row["steps"], row["prompts"]) for row in rows if row["steps"]})
 
 
+def _with(rows: Rows, kind: str) -> list[tuple[int, int]]:
+    """Budgets at which this kind of error was measured."""
+    return [b for b in budgets(rows) if not isnan(error(rows, kind, _subsets(rows)[0], "ours", b))]
+
+
 def _subsets(rows: Rows) -> list[str]:
     return list(dict.fromkeys(row["subset"] for row in rows))
 
@@ -45,7 +53,7 @@ def _means(rows: Rows, kind: str) -> str:
     def mean(way: str, budget: tuple[int, int]) -> str:
         return f"{fmean(error(rows, kind, s, way, budget) for s in _subsets(rows)):.3f}"
 
-    body = [[_name(b), *(mean(way, b) for way in (*FREE, *CALIBRATED))] for b in budgets(rows)]
+    body = [[_name(b), *(mean(way, b) for way in (*FREE, *CALIBRATED))] for b in _with(rows, kind)]
     return _table(["steps x prompts", *FREE, *CALIBRATED], body)
 
 
@@ -89,13 +97,18 @@ def plot(about: str, rows: Rows, target: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     names = [_name(b) for b in budgets(rows)]
-    for axis, kind in zip(axes, ("velocity", "image"), strict=True):
-        for way in (*STACKS, "TIES", *CALIBRATED):
-            values = [fmean(error(rows, kind, s, way, b) for s in _subsets(rows)) for b in budgets(rows)]
-            axis.plot(names, values, marker="o" if way in CALIBRATED else "", ls="-" if way in CALIBRATED else ":", label=way)
-        axis.axhline(1, color="grey", lw=0.5)
-        axis.set(title=f"{kind} error", xlabel="calibration, steps x prompts", ylim=(0, None))
+    for way in (*STACKS, "TIES", *CALIBRATED):
+        values = [fmean(error(rows, "velocity", s, way, b) for s in _subsets(rows)) for b in budgets(rows)]
+        solved = way in CALIBRATED
+        axes[0].plot(names, values, marker="o" if solved else "", ls="-" if solved else ":", label=way)
+    axes[0].axhline(1, color="grey", lw=0.5)
+    axes[0].set(title="velocity error", xlabel="calibration, steps x prompts", ylim=(0, None))
     axes[0].legend(fontsize=8)
+    last = budgets(rows)[-1]
+    images = {way: fmean(error(rows, "image", s, way, last) for s in _subsets(rows)) for way in (*FREE, *CALIBRATED)}
+    axes[1].barh(list(images)[::-1], list(images.values())[::-1])
+    axes[1].axvline(1, color="grey", lw=0.5)
+    axes[1].set(title=f"image error, calibrated with {_name(last)}")
     figure.suptitle(about.split(".")[0], fontsize=10)
     figure.savefig(target, dpi=110)
 

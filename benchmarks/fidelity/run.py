@@ -22,13 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import host  # noqa: E402
-import report  # noqa: E402
-import torch  # noqa: E402
-
-import cast  # noqa: E402
-import merges  # noqa: E402
-from testbed import Deltas, Testbed  # noqa: E402
+import cast
+import host
+import merges
+import report
+import torch
+from testbed import Deltas, Testbed
 
 BUDGETS = ((1, 1), (1, 4), (4, 4), (8, 8))  # steps x prompts
 SETS = {"held-out": cast.HELD_OUT, "tuning": cast.TUNING}
@@ -40,9 +39,9 @@ def subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def measured(bed: Testbed, names: Sequence[str], ways: dict[str, Deltas], steps: int, prompts: int) -> list[dict]:
-    rows = []
+    rows, images = [], (steps, prompts) in ((0, 0), BUDGETS[-1])  # they take as long as all else
     for way, deltas in ways.items():
-        for name, (velocity, image) in bed.errors(deltas, names).items():
+        for name, (velocity, image) in bed.errors(deltas, names, images).items():
             where = {"subset": "+".join(names), "steps": steps, "prompts": prompts, "way": way, "lora": name}
             rows.append({**where, "velocity": velocity, "image": image})
     return rows
@@ -77,7 +76,9 @@ def main() -> None:
     names = [name for name in SETS[args.set] if not args.loras or name in args.loras]
     started = time.perf_counter()
     rows = run(Testbed(args.width), names, BUDGETS)
-    about = f"Width {args.width}, {args.set} LoRAs {', '.join(names)}. {machine()}, {time.perf_counter() - started:.0f} s."
+    about = (
+        f"Width {args.width}, {args.set} LoRAs {', '.join(names)}. {machine()}, {time.perf_counter() - started:.0f} s."
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     target = args.out / f"{args.width}-{args.set}"
     target.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1), encoding="utf-8")

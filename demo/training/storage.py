@@ -14,9 +14,7 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def save(
-    name: str, tensors: dict[str, Tensor], dtype: torch.dtype, *, folder: Path = ASSETS, **about: object
-) -> None:
+def save(name: str, tensors: dict[str, Tensor], dtype: torch.dtype, *, folder: Path = ASSETS, **about: object) -> None:
     """Replaces <folder>/<name>.safetensors at once, so that nobody reads half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     converted = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()}

@@ -70,7 +70,7 @@ def collected() -> Calibration:
 
 
 def paper(ridge: float) -> MergeSettings:
-    return MergeSettings(ridge=Ridge(0, 0, 0, ridge, False), balanced=False, count_absent=False)
+    return MergeSettings(ridge=Ridge(0, 0, 0, ridge, False), balanced=False, corrected=False, count_absent=False)
 
 
 def of(calibration: Calibration, name: str) -> Site:

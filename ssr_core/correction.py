@@ -1,0 +1,51 @@
+"""Correction: what one site learns from the merged model's own inputs.
+
+Layers after the first see inputs that the merge has already changed. Statistics of each LoRA alone do not know of that;
+a second run does, in which the merged model walks beside the LoRA alone. Data of both runs together (Ross et al. 2011,
+"DAgger") keep the second solution from overshooting, though all layers are corrected at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import StatisticsError
+from .subspace import Subspace
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Sums over pairs of tokens: what the merged model saw, and what would have led to the LoRA's own output.
+
+    With W the layer's weight, x what it sees under LoRA k alone and x' what it sees under the merge, the merge should
+    write t = (W + up_k down_k) x - W x' where it sees z' = down x'.
+    """
+
+    gram: Tensor  # (K, R, R) float64, sum of z' z'^T
+    target: Tensor  # (K, out, R) float32, sum of t z'^T
+    fingerprint: str  # of the subspace they were measured in
+    strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
+
+    @classmethod
+    def empty(cls, subspace: Subspace, strengths: tuple[float, ...]) -> Correction:
+        tasks, rows = len(subspace.ranks), subspace.down.shape[0]
+        gram = torch.zeros(tasks, rows, rows, dtype=torch.float64)
+        return cls(gram, torch.zeros(tasks, len(subspace.up), rows), subspace.fingerprint, strengths)
+
+    def __add__(self, other: Correction) -> Correction:
+        """The pairs of both runs together."""
+        if (self.fingerprint, self.strengths) != (other.fingerprint, other.strengths):
+            raise StatisticsError(
+                "These corrections were measured with other LoRAs or strengths and cannot be added; collect them again."
+            )
+        return Correction(self.gram + other.gram, self.target + other.target, self.fingerprint, self.strengths)
+
+    def check(self, subspace: Subspace, site: object) -> None:
+        """Raise StatisticsError unless this was measured in `subspace` and is finite."""
+        if self.fingerprint != subspace.fingerprint:
+            raise StatisticsError(f"{site}: the correction was measured with other LoRAs; collect it again.")
+        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.target).all()):
+            raise StatisticsError(f"{site}: activations of the merged model were NaN or infinite while correcting.")
