@@ -46,6 +46,12 @@ class SSRAddLoRA(io.ComfyNode):
                 LoraModelSocket.Input(
                     "lora", optional=True, tooltip="A LoRA from another node, used instead of the file."
                 ),
+                io.Latent.Input(
+                    "images",
+                    optional=True,
+                    tooltip="Images that show what the LoRA is for, VAE-encoded. The model then looks at these with "
+                    "noise added instead of sampling images of its own.",
+                ),
             ],
             outputs=[SSRTasks.Output(display_name="tasks", tooltip="All LoRAs added so far.")],
         )
@@ -60,15 +66,21 @@ class SSRAddLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, lora_name: str, strength: float, calibration: list[Any], tasks: tuple[Task, ...] = (), lora: Any = None
+        cls,
+        lora_name: str,
+        strength: float,
+        calibration: list[Any],
+        tasks: tuple[Task, ...] = (),
+        lora: Any = None,
+        images: Any = None,
     ) -> io.NodeOutput:
         before = tuple(tasks or ())
         if not calibration:
             raise LoraError(f"SSR Add LoRA: {lora_name} has no calibration prompt; connect SSR Prompts.")
         if lora is not None:
             name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
-            return io.NodeOutput((*before, Task(name, lora, strength, calibration)))
+            return io.NodeOutput((*before, Task(name, lora, strength, calibration, images)))
         if lora_name == NONE:
             raise LoraError("SSR Add LoRA: choose a LoRA file, or connect the lora input.")
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return io.NodeOutput((*before, Task(path.stem, path, strength, calibration)))
+        return io.NodeOutput((*before, Task(path.stem, path, strength, calibration, images)))

@@ -35,10 +35,13 @@ class Sampling:
     steps: int
     sampler: str
     scheduler: str
+    cfg: float = 1.0
+    negative: tuple[Any, ...] = ()  # CONDITIONING; counts only with a cfg above 1, as in any sampling
+    tokens: int = 0  # of each layer and step that are counted at most; 0 = all
 
 
 class RecordingGuider(comfy.samplers.CFGGuider):
-    """Positive prompt only, at cfg 1, with the recording's hooks on the model exactly while it samples.
+    """A guider with the recording's hooks on the model exactly while it samples.
 
     They go on the model that ComfyUI really loaded, after it was loaded. Nothing about the patcher differs from plain
     sampling, so no weight is moved or patched on account of a calibration, and nothing needs to be undone after it.
@@ -68,6 +71,29 @@ class RecordingGuider(comfy.samplers.CFGGuider):
             self.recording.detach()
 
 
+class Revisit(comfy.samplers.Sampler):
+    """Shows the model given images with the noise of each step added, instead of making images."""
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        steps = len(sigmas) - 1
+        for step, sigma in enumerate(sigmas[:-1]):
+            x = model_wrap.inner_model.model_sampling.noise_scaling(sigma, noise, latent_image)
+            denoised = model_wrap(x, sigma.expand(len(x)), **extra_args)
+            if callback is not None:
+                callback(step, denoised, x, steps)
+        return latent_image
+
+
 class Kind(Enum):
     """What a run is for, in the order in which they come."""
 
@@ -93,11 +119,12 @@ class Run:
 
 SURVEY_STEPS = 4
 REFINE = 1
+TOKENS = 4096  # of each layer and step: all of an image of 1024 x 1024 pixels
 REFINE_STEPS = 3  # with fewer, a correction fits the few noise levels seen and is off at the others
 
 
 def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:
-    """All prompts of every task, and again for each refinement; before, for context rows, a look at each first prompt."""
+    """All prompts of every task, once more for each refinement; before, for context rows, a look at each first one."""
     short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
     looks = [Run(i, task, task.conditioning[:1], short, Kind.SURVEY) for i, task in enumerate(tasks) if context]
     measuring = [Run(i, task, task.conditioning, sampling, Kind.MEASURE) for i, task in enumerate(tasks)]
@@ -146,25 +173,31 @@ def _recording(
 ) -> AbstractContextManager[Recording]:
     if run.kind is Kind.REFINE:
         return collector.refinement(run.index, updates)
-    return collector.recording(run.index, context if run.kind is Kind.SURVEY else 0)
+    return collector.recording(run.index, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
 
 
 def _sample(
     patcher: Any, run: Run, recording: Recording, latent: dict[str, Any], on_step: Callable[[torch.Tensor], None]
 ) -> None:
     """Sample each prompt of `run` once, LoRA active, recording on."""
-    sampling, samples = run.sampling, _fitting(patcher, latent)
+    sampling, given = run.sampling, run.task.latent
+    latent = latent if given is None else dict(given)
+    samples = _fitting(patcher, latent)
+    sampler = comfy.samplers.sampler_object(sampling.sampler) if given is None else Revisit()
     sigmas = comfy.samplers.KSampler(
         patcher, sampling.steps, patcher.load_device, sampling.sampler, sampling.scheduler
     ).sigmas
     for index, prompt in enumerate(run.prompts):
         seed = (sampling.seed + index) % 2**64
         guider = RecordingGuider(patcher, recording)
-        guider.inner_set_conds({"positive": [prompt]})
+        guider.inner_set_conds(
+            {"positive": [prompt]} | ({"negative": [*sampling.negative]} if sampling.negative else {})
+        )
+        guider.set_cfg(sampling.cfg if sampling.negative else 1.0)
         guider.sample(
             comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
             samples,
-            comfy.samplers.sampler_object(sampling.sampler),
+            sampler,
             sigmas,
             denoise_mask=latent.get("noise_mask"),
             callback=lambda step, x0, x, total: on_step(x0),

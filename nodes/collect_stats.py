@@ -13,9 +13,9 @@ import torch
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..ssr_core import Calibration, LoraError
+from ..ssr_core import Calibration, LoraError, SSRError
 from ..ssr_core.collect import CONTEXT
-from .calibrate import REFINE, Sampling, calibrate, plan
+from .calibrate import REFINE, TOKENS, Sampling, calibrate, plan
 from .patches import read_task
 from .provenance import describe
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, schema
@@ -82,7 +82,33 @@ class SSRCollectStats(io.ComfyNode):
                     max=8,
                     optional=True,
                     tooltip="How many times a first merge is tried beside each LoRA alone, so that the final one makes "
-                    "up for what merging itself does to the layers' inputs. Each time takes twice as long as measuring.",
+                    "up for what merging does to the layers' inputs. Each time takes twice as long as measuring. "
+                    "Skipped below 3 steps.",
+                    **ADVANCED,
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="The cfg you render with, if a negative prompt is connected.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=TOKENS,
+                    min=0,
+                    max=2**20,
+                    optional=True,
+                    tooltip="At most so many tokens of each layer and step are counted, chosen at random. More than a "
+                    "few thousand change nothing but the time; 0 counts all.",
                     **ADVANCED,
                 ),
             ],
@@ -102,12 +128,17 @@ class SSRCollectStats(io.ComfyNode):
         scheduler: str,
         context: int = CONTEXT,
         refine: int = REFINE,
+        negative: list[Any] | None = None,
+        cfg: float = 1.0,
+        tokens: int = TOKENS,
     ) -> io.NodeOutput:
         started = time.perf_counter()
         if not tasks:
             raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
         loaded = [read_task(task, model.model) for task in tasks]
-        sampling = Sampling(seed, steps, sampler_name, scheduler)
+        sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens)
+        if cfg > 1 and not negative:
+            raise SSRError("SSR Collect Stats: cfg needs a negative prompt; connect one, or set cfg to 1.")
         runs = plan(tasks, sampling, context, refine)
         calibration, silent = calibrate(
             *(model, loaded, runs, latent, context),

@@ -40,6 +40,7 @@ class Task:
     lora: Path | Mapping[str, Tensor]  # a file, or the state dict of a LORA_MODEL
     strength: float
     conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
+    latent: Mapping[str, Any] | None = None  # ComfyUI's LATENT of images of its own, instead of sampled ones
 
 
 @dataclass(frozen=True, eq=False)

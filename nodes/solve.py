@@ -14,6 +14,8 @@ from .patches import lora_state_dict
 from .provenance import with_settings
 from .sockets import CATEGORY, Carried, LoraModel, LoraModelSocket, SSRStats, Stats, schema
 
+AUTO = 0.99  # share of each layer's effect that an automatic rank keeps
+
 
 class SSRSolve(io.ComfyNode):
     @classmethod
@@ -40,10 +42,11 @@ class SSRSolve(io.ComfyNode):
                 io.Int.Input(
                     "rank",
                     default=0,
-                    min=0,
+                    min=-1,
                     max=4096,
-                    tooltip="Rank of the merged LoRA. 0 keeps all, which is the sum of the LoRAs' ranks. "
-                    "The rank of one of them costs little and makes a file as small as theirs.",
+                    tooltip="Rank of the merged LoRA. 0 keeps all, which is the sum of the LoRAs' ranks. -1 finds, "
+                    "layer by layer, the smallest that loses less than 1 % of the effect. The report tells what other "
+                    "ranks lose.",
                 ),
                 io.Float.Input(
                     "routing",
@@ -69,7 +72,10 @@ class SSRSolve(io.ComfyNode):
     @classmethod
     def execute(cls, stats: Stats, ridge: float, rank: int, routing: float, strengths: str) -> io.NodeOutput:
         settings = MergeSettings(
-            ridge=Ridge(relative=ridge), rank=rank, routing=routing, strengths=_numbers(strengths) or None
+            ridge=Ridge(relative=ridge),
+            rank=AUTO if rank < 0 else rank,
+            routing=routing,
+            strengths=_numbers(strengths) or None,
         )
         bar = comfy.utils.ProgressBar(len(stats.calibration.subspaces))
 

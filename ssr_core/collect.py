@@ -102,13 +102,14 @@ class StatisticsCollector:
         )
 
     @contextmanager
-    def recording(self, task: int, survey: int = 0) -> Iterator[Recording]:
+    def recording(self, task: int, survey: int = 0, tokens: int = 0) -> Iterator[Recording]:
         """Like `watching`, for hosts that decide themselves when the hooks go on (`attach`) and off (`detach`).
 
-        `survey` makes it one of `surveying`, with so many context rows.
+        `survey` makes it one of `surveying`, with so many context rows. `tokens` of each layer and forward pass are
+        counted at most, chosen at random; 0 = all.
         """
         check_task(task, self.loras)
-        recording = Recording(self.subspaces, task, self.loras[task].strength, survey)
+        recording = Recording(self.subspaces, task, self.loras[task].strength, survey, tokens)
         try:
             yield recording
         finally:

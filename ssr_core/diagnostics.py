@@ -13,6 +13,9 @@ from .site import Site
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
 
+FEW_LEVELS = 4  # noise levels; with fewer the prior decides more than a person would expect
+RANKS = (4, 8, 16, 32, 64, 128, 256)  # at which the report tells what would be lost
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -77,6 +80,8 @@ class SiteReport:
     residuals: tuple[Residual, ...] = ()  # (K,)
     condition: float = math.nan  # of the correlation matrix with its ridge, scaled to a unit diagonal
     energy: float = 1.0  # share of the update's effect that truncation kept
+    coverage: tuple[int, ...] = ()  # (K,) noise levels seen, or samples where levels are not known
+    spectrum: tuple[float, ...] = ()  # share of the effect along each direction, largest first; empty if not computed
 
     @property
     def is_shared(self) -> bool:
@@ -115,6 +120,11 @@ class Report:
         """Of one LoRA over all routed sites: 0 = as the LoRA alone, 1 = as if it were not there. "merge" or "stack"."""
         return _ratio([site.residuals[task] for site in self.routed], kind)
 
+    def lost_at(self, rank: int) -> float:
+        """The mean share of a layer's effect that is lost if it is cut to `rank`; NaN if that is not known."""
+        tails = [sum(site.spectrum[rank:]) for site in self.routed if site.spectrum]
+        return sum(tails) / len(tails) if tails else math.nan
+
     def worse_than_stack(self) -> tuple[SiteReport, ...]:
         return tuple(site for site in self.routed if site.error("merge") > site.error("stack"))
 
@@ -149,11 +159,27 @@ class Report:
             )
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
+        seen = [count for site in self.routed for count in site.coverage if count]
+        if seen and max(seen) < FEW_LEVELS:
+            remarks.append(
+                f"The LoRAs were seen at {max(seen)} noise level{'s' * (max(seen) > 1)} only, so the merge leans "
+                f"towards their mean. Collect with {FEW_LEVELS} steps or more."
+            )
+        if line := self._error_against_rank():
+            remarks.append(line)
         kept = [site.energy for site in self.sites if site.energy < 1]
         if kept:
             mean = sum(kept) / len(kept)
             remarks.append(f"Truncation kept {mean:.1%} of the effect on average, at least {min(kept):.1%}.")
         return remarks
+
+    def _error_against_rank(self) -> str:
+        most = max((sum(share > 1e-6 for share in site.spectrum) for site in self.routed), default=0)
+        ranks = [rank for rank in RANKS if rank < most]
+        if not ranks:
+            return ""
+        listed = ", ".join(f"{rank}: {self.lost_at(rank):.1%}" for rank in ranks)
+        return f"Effect lost if every layer is cut to rank {listed}."
 
 
 def _ratio(residuals_: Sequence[Residual], kind: str) -> float:

@@ -136,8 +136,8 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
         tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
         where = [site.module, site.start, site.stop, site.out_features]
         counts = {"tokens": statistics.tokens, "samples": statistics.samples}
-        counts |= {"levels": [sorted(levels) for levels in statistics.levels]}
-        sites.append({"site": where, "fingerprint": statistics.fingerprint, **counts})
+        levels = [sorted(levels) for levels in statistics.levels]
+        sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
     loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
     header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
     write_safetensors(tensors, path, header)

@@ -77,12 +77,12 @@ class Layer:
         """(tokens, out)"""
         if self.is_conv:
             output = (output if output.ndim == len(self.weight_shape) else output[None]).movedim(1, -1)
-        return output.flatten(0, -2)
+        return output.reshape(-1, output.shape[-1])
 
     def project_some(self, x: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
         """`project` for the tokens with these indices only."""
         if not self.is_conv:
-            return self.project(x.flatten(0, -2)[chosen], down)
+            return self.project(x.reshape(-1, x.shape[-1])[chosen], down)
         return self.project(x if x.ndim == len(self.weight_shape) else x[None], down)[chosen]
 
     def samples(self, x: Tensor) -> int:

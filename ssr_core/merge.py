@@ -121,16 +121,22 @@ def _merge_routed(
         router = torch.eye(len(plain.mT), dtype=torch.float64)
     elif settings.routing:
         router = torch.lerp(plain, solve_router(equations), settings.routing)
-    # the joint rank is all that there is without corrections: context rows cost no rank, and cutting to it loses nothing
+    # context rows cost no rank: the joint rank is all there is, and cutting to it loses nothing (without corrections)
     rank = settings.rank or (scaled.rank if scaled.context and settings.routing else 0)
     update, energy = LowRankUpdate(scaled.down, basis @ router), 1.0
+    spectrum: tuple[float, ...] = ()
     if not (rank or settings.routing):
         update = scaled.plain_stack()
     elif rank:
         update, truncation = truncate(update, equations.factor, rank)
         router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
+        spectrum = truncation.spectrum
     kept = residuals(statistics, scaled, router, None if correction is None else basis)
-    report = SiteReport(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy)
+    report = SiteReport(
+        *(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy),
+        coverage=statistics.coverage,
+        spectrum=spectrum,
+    )
     return update, report
 
 

@@ -17,6 +17,7 @@ class Truncation:
     left: Tensor  # (R, rank)
     right: Tensor  # (rank, R)
     energy: float  # share of sum |up z|^2 that is kept, 0..1
+    spectrum: tuple[float, ...] = ()  # share of it along each direction, largest first, those that were cut included
 
     @property
     def projection(self) -> Tensor:
@@ -45,7 +46,8 @@ def truncate(update: LowRankUpdate, factor: Tensor, rank: float) -> tuple[LowRan
     right = torch.linalg.solve_triangular(factor.mT, vectors[:, :count], upper=True).mT * gain[:, None]
     kept = float(values[:count].sum() / values.sum()) if values.sum() > 0 else 1.0
     down = (right @ update.down.flatten(1).double()).reshape(count, *update.in_shape)
-    return LowRankUpdate(down, update.up.double() @ left).balanced(), Truncation(left, right, kept)
+    shares = tuple((values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)).tolist())
+    return LowRankUpdate(down, update.up.double() @ left).balanced(), Truncation(left, right, kept, shares)
 
 
 def isotropic_factor(update: LowRankUpdate) -> Tensor:

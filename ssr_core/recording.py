@@ -20,10 +20,15 @@ from .sufficient_statistics import Accumulator, SufficientStatistics
 class Recording:
     """One run of one task: the hooks on the model and the sums behind them."""
 
-    def __init__(self, subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int = 0) -> None:
+    def __init__(
+        self, subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int = 0, tokens: int = 0
+    ) -> None:
+        """`tokens` of each layer and forward pass are counted at most, chosen at random; 0 = all."""
         self.task = task
         self.names: dict[str, str] = {}  # how the LoRAs call a module -> how the model does
         self.levels: set[float] = set()
+        self._limit = tokens
+        self._generator = torch.Generator().manual_seed(task)
         self._taps = _taps(subspaces, task, strength, survey)
         self._subspaces = subspaces
         self._handles: list[RemovableHandle] = []
@@ -70,7 +75,13 @@ class Recording:
         return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
-        return _counting_hook(tap, layer)
+        return _counting_hook(tap, layer, self._choose)
+
+    def _choose(self, tokens: int, of: int) -> Tensor | None:
+        """Which tokens of a piece of `tokens` out of `of` are counted, each as likely as any other; None for all."""
+        if not self._limit or of <= self._limit:
+            return None
+        return torch.randperm(tokens, generator=self._generator)[: max(1, round(self._limit * tokens / of))]
 
     def statistics(self) -> Iterator[tuple[Site, SufficientStatistics]]:
         """What this run adds, for each site that is routed."""
@@ -133,7 +144,7 @@ def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey
     return list(taps.values())
 
 
-def _counting_hook(tap: Tap, layer: Layer) -> Callable[..., Tensor]:
+def _counting_hook(tap: Tap, layer: Layer, choose: Callable[[int, int], Tensor | None]) -> Callable[..., Tensor]:
     """The forward hook of one module: project, count, and add the running task's update to the output."""
     placed: dict[tuple[torch.device, torch.dtype], list[tuple[Signal, Tensor, list[Tensor]]]] = {}
 
@@ -159,6 +170,7 @@ def _counting_hook(tap: Tap, layer: Layer) -> Callable[..., Tensor]:
         for signal in tap.signals:
             signal.sums.samples += layer.samples(x)
         result = output.clone(memory_format=torch.contiguous_format)
+        positions = layer.outputs(result).shape[0]
         with torch.autocast(x.device.type, enabled=False):
             for piece, written in layer.chunks(x, result, rank):
                 piece = piece.to(where[1])
@@ -167,7 +179,8 @@ def _counting_hook(tap: Tap, layer: Layer) -> Callable[..., Tensor]:
                 for signal, down, ups in placed[where]:
                     z = layer.project(piece, down)
                     if signal.counted:
-                        signal.sums.update(z)
+                        chosen = choose(len(z), positions)
+                        signal.sums.update(z if chosen is None else z[chosen.to(z.device)])
                     for (site, own, _), up in zip(signal.updates, ups, strict=True):
                         rows = written[..., site.start : site.stop]
                         rows += (z[:, own] @ up.mT).reshape(rows.shape)

@@ -31,10 +31,9 @@ class Refinement(Recording):
         strengths: Sequence[float],
         tokens: int = TOKENS,
     ) -> None:
-        super().__init__(subspaces, task, strengths[task])
-        self._updates, self._strengths, self._tokens = updates, tuple(strengths), tokens
+        super().__init__(subspaces, task, strengths[task], tokens=tokens)
+        self._updates, self._strengths = updates, tuple(strengths)
         self._alone = True
-        self._generator = torch.Generator().manual_seed(task)
         self._sums: dict[Site, tuple[Tensor, Tensor]] = {}  # z'^T z' (R, R), t^T z' (out, R), on the model's device
 
     @contextmanager
@@ -79,7 +78,7 @@ class Refinement(Recording):
                 if self._alone:
                     result = layer.plus(x, output, (self._own(site, own, ups[site]) for site, own in active.items()))
                     tokens = layer.outputs(result)
-                    chosen = self._choose(len(tokens), x.device)
+                    chosen = self._some(len(tokens), x.device)
                     waiting.append((chosen, tokens[chosen]))
                     return result
                 if not waiting:
@@ -93,9 +92,10 @@ class Refinement(Recording):
     def _own(self, site: Site, own: slice, up: Tensor) -> tuple[Site, LowRankUpdate]:
         return site, LowRankUpdate(self._subspaces[site].down[own], up)
 
-    def _choose(self, tokens: int, device: torch.device) -> Tensor:
+    def _some(self, tokens: int, device: torch.device) -> Tensor:
         """Indices of at most so many tokens, each as likely as any other."""
-        return torch.randperm(tokens, generator=self._generator)[: self._tokens].to(device)
+        chosen = self._choose(tokens, tokens)
+        return (torch.arange(tokens) if chosen is None else chosen).to(device)
 
     def _compare(self, tap: Tap, layer: Layer, x: Tensor, output: Tensor, chosen: Tensor, alone: Tensor) -> None:
         dtype = compute_dtype(x)
