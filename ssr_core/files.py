@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibration import Calibration
+from .correction import Correction
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
@@ -135,8 +137,12 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
         rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
         tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
         where = [site.module, site.start, site.stop, site.out_features]
-        counts = {"tokens": statistics.tokens, "samples": statistics.samples}
+        counts: dict[str, tuple[float, ...]] = {"tokens": statistics.tokens, "samples": statistics.samples}
         levels = [sorted(levels) for levels in statistics.levels]
+        if correction := calibration.corrections.get(site):
+            tensors[f"correction.gram/{index}"] = correction.gram.contiguous()
+            tensors[f"correction.target/{index}"] = correction.target.contiguous()
+            counts["strengths"] = correction.strengths
         sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
     loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
     header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
@@ -156,6 +162,7 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     try:
         entries = json.loads(metadata["ssr.sites"])
         read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
+        corrections = {Site(*e["site"]): _correction(tensors, i, e) for i, e in enumerate(entries) if "strengths" in e}
         names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
@@ -173,7 +180,9 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
         subspaces[site] = space if context is None else space.with_context(context)
     for site, statistics in read.items():
         statistics.check(subspaces[site], f"{file.name}: {site}")
-    return Calibration(tuple(loras), subspaces, read)
+    for site, correction in corrections.items():
+        correction.check(subspaces[site], f"{file.name}: {site}")
+    return Calibration(tuple(loras), subspaces, read, corrections)
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
@@ -194,6 +203,11 @@ def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics
     tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
     levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])  # type: ignore[attr-defined]
     return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples, levels)
+
+
+def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any]) -> Correction:
+    gram, target = (tensors[f"correction.{kind}/{index}"] for kind in ("gram", "target"))
+    return Correction(gram, target, str(entry["fingerprint"]), tuple(map(float, entry["strengths"])))
 
 
 def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from run_nodes import collect, hooks, load_lora, relative, sample, task
+from run_nodes import apply, collect, hooks, load_lora, relative, sample, solve, task
 from tiny_flux import conditioning, empty_latent, flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
@@ -26,7 +26,8 @@ def bypass_sample(model, one_task, steps=4):
     seen = []
     collector = core.StatisticsCollector([loaded.lora])
     with torch.inference_mode(), collector.recording(0) as recording:
-        run = calibrate.Run(0, one_task, one_task.conditioning, calibrate.Sampling(0, steps, "euler", "simple"), False)
+        kind = calibrate.Kind.MEASURE
+        run = calibrate.Run(0, one_task, one_task.conditioning, calibrate.Sampling(0, steps, "euler", "simple"), kind)
         patcher = calibrate._prepared(model, one_task, loaded.carried)
         calibrate._sample(patcher, run, recording, empty_latent(), seen.append)
         assert recording.silent == []
@@ -153,3 +154,72 @@ def test_the_prompt_of_each_lora_is_its_own(tiny_flux):
     equal, different = (collect(model, *tasks).calibration.statistics[site].gram for tasks in (same, other))
     assert torch.equal(equal[0], equal[1]) and not torch.equal(different[0], different[1])
     assert conditioning(1)[0][0].shape == (1, 8, 32)
+
+
+def two(**images) -> list:
+    return [task(LORAS["kohya"](), "a", **images), task(LORAS["generic"](), "b", **images)]
+
+
+def test_given_images_are_looked_at_with_the_noise_of_each_step(tiny_flux):
+    model, layer = tiny_flux(), "diffusion_model.img_in"
+    latent = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    seen = []
+    handle = model.model.get_submodule(layer).register_forward_hook(lambda m, args, out: seen.append(args[0].clone()))
+    collect(model, *two(images={"samples": latent}), steps=3, context=0)
+    handle.remove()
+    samplers = importlib.import_module("comfy.samplers")
+    sigmas = samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3).tolist()
+    scaled = model.model.process_latent_in(latent)
+    tokens = [x.reshape(2, -1) for x in seen[:3]]  # patches of 2 x 2, every value of the latent once
+    noise = tokens[0]
+    clean = (tokens[1] - sigmas[1] * noise) / (1 - sigmas[1])
+    assert sorted(clean.flatten().tolist()) == pytest.approx(sorted(scaled.flatten().tolist()), abs=1e-4)
+    again = sigmas[2] * noise + (1 - sigmas[2]) * clean
+    torch.testing.assert_close(tokens[2], again, rtol=1e-4, atol=1e-4)
+
+
+def test_a_negative_prompt_is_measured_too_where_cfg_uses_it(tiny_flux):
+    model = tiny_flux()
+    plain, guided = (collect(model, *two(), negative=conditioning(9), cfg=cfg).calibration.tokens for cfg in (1.0, 3.0))
+    assert guided == tuple(2 * n for n in plain)
+
+
+def test_cfg_without_a_negative_prompt_is_refused(tiny_flux):
+    with pytest.raises(Exception, match="negative prompt"):
+        collect(tiny_flux(), *two(), cfg=4.0)
+
+
+def test_no_more_tokens_are_counted_than_asked_for(tiny_flux):
+    stats = collect(tiny_flux(), *two(), tokens=10)
+    counts = {statistics.tokens for statistics in stats.calibration.statistics.values()}
+    assert counts == {(40, 40), (32, 32), (4, 4)}  # 4 steps of at most 10: image and joint, text (8), modulation (1)
+
+
+def test_noise_levels_are_told_apart(tiny_flux):
+    stats = collect(tiny_flux(), *two(), steps=5)
+    assert {statistics.coverage for statistics in stats.calibration.statistics.values()} == {(5, 5)}
+
+
+def test_refining_adds_corrections_and_leaves_nothing_behind(tiny_flux):
+    model = tiny_flux()
+    before = sample(model)
+    plain, refined = (collect(model, *two(), refine=n).calibration for n in (0, 1))
+    assert plain.corrections == {} and refined.corrections.keys() == refined.statistics.keys()
+    for site, statistics in plain.statistics.items():
+        assert torch.equal(statistics.gram, refined.statistics[site].gram)
+    assert hooks(model) == 0
+    assert torch.equal(sample(model), before)
+
+
+def test_a_refined_merge_follows_each_lora_more_closely(tiny_flux):
+    model, tasks = tiny_flux(), two()
+    errors = []
+    for refine in (0, 2):
+        lora, _ = solve(collect(model, *tasks, refine=refine, context=64))
+        merged = apply(model, lora)
+        errors.append(sum(relative(sample(merged), sample(load_lora(model, one.lora))) ** 2 for one in tasks))
+    assert errors[1] < errors[0]
+
+
+def test_few_steps_are_not_refined(tiny_flux):
+    assert collect(tiny_flux(), *two(), steps=2, refine=1).calibration.corrections == {}

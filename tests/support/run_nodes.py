@@ -20,18 +20,22 @@ def node(name: str) -> type:
     return getattr(importlib.import_module(f"ssr_pack.nodes.{module}"), cls)
 
 
-def task(lora: StateDict, name: str = "lora", strength: float = 1.0, seeds: tuple[int, ...] = (1,)) -> Any:
+def task(
+    lora: StateDict, name: str = "lora", strength: float = 1.0, seeds: tuple[int, ...] = (1,), images: Any = None
+) -> Any:
     """One LoRA to merge, with a random prompt for each seed."""
     sockets = importlib.import_module("ssr_pack.nodes.sockets")
-    return sockets.Task(name, lora, strength, [entry for seed in seeds for entry in conditioning(seed)])
+    return sockets.Task(name, lora, strength, [entry for seed in seeds for entry in conditioning(seed)], images)
 
 
-def collect(model: Any, *tasks: Any, steps: int = 4, batch: int = 1, seed: int = 0, context: int = 16) -> Any:
-    """SSR_STATS"""
+def collect(
+    model: Any, *tasks: Any, steps: int = 4, batch: int = 1, seed: int = 0, context: int = 16, **more: Any
+) -> Any:
+    """SSR_STATS, without refinement unless `more` asks for it."""
     return execute(
         node("collect_stats.SSRCollectStats"),
         **{"model": model, "tasks": tasks, "latent": empty_latent(batch=batch), "seed": seed, "steps": steps},
-        **{"sampler_name": "euler", "scheduler": "simple", "context": context},
+        **{"sampler_name": "euler", "scheduler": "simple", "context": context, "refine": 0, **more},
     )[0]
 
 
