@@ -13,14 +13,17 @@ import argparse
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "demo")]
 
 import cast
 import host
@@ -47,15 +50,21 @@ def measured(bed: Testbed, names: Sequence[str], ways: dict[str, Deltas], steps:
     return rows
 
 
-def run(bed: Testbed, names: Sequence[str], budgets: Sequence[tuple[int, int]]) -> list[dict]:
-    rows: list[dict] = []
-    for subset in subsets(names):
-        started = time.perf_counter()
-        rows += measured(bed, subset, merges.without_calibration(bed, subset), 0, 0)
-        for steps, prompts in budgets:
-            calibration = merges.calibrated(bed, subset, steps, prompts)
-            rows += measured(bed, subset, merges.routed(calibration, subset, bed), steps, prompts)
-        logging.info("%s: %.0f s", " + ".join(subset), time.perf_counter() - started)
+@cache
+def testbed(width: int) -> Testbed:
+    """One for each process."""
+    torch.set_grad_enabled(False)
+    return Testbed(width)
+
+
+def run(width: int, subset: tuple[str, ...]) -> list[dict]:
+    """All that is measured of one subset."""
+    started, bed = time.perf_counter(), testbed(width)
+    rows = measured(bed, subset, merges.without_calibration(bed, subset), 0, 0)
+    for steps, prompts in BUDGETS:
+        calibration = merges.calibrated(bed, subset, steps, prompts)
+        rows += measured(bed, subset, merges.routed(calibration, subset, bed), steps, prompts)
+    sys.stderr.write(f"{' + '.join(subset)}: {time.perf_counter() - started:.0f} s\n")
     return rows
 
 
@@ -69,13 +78,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--set", choices=SETS, default="held-out", help="which LoRAs; options were chosen on `tuning`")
     parser.add_argument("--loras", nargs="*", help="only these of the set")
+    parser.add_argument("--workers", type=int, default=2, help="processes; small models want one thread each")
     parser.add_argument("--out", type=Path, default=host.ROOT / ".cache" / "fidelity" / "results")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    torch.set_grad_enabled(False)
     names = [name for name in SETS[args.set] if not args.loras or name in args.loras]
     started = time.perf_counter()
-    rows = run(Testbed(args.width), names, BUDGETS)
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        rows = list(itertools.chain(*pool.map(partial(run, args.width), subsets(names))))
     about = (
         f"Width {args.width}, {args.set} LoRAs {', '.join(names)}. {machine()}, {time.perf_counter() - started:.0f} s."
     )
