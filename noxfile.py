@@ -1,6 +1,6 @@
-"""One-command set-ups: `uvx nox -s demo` and `uvx nox -s tests`, on a fresh machine and without a GPU.
+"""One-command set-ups: `uvx nox -s demo`, `tests` and `fidelity`, on a fresh machine and without a GPU.
 
-Both sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
+The sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
 COMFYUI_PATH makes them use an existing ComfyUI folder instead of fetching one; its requirements are then installed
 into the shared environment, never into yours.
 """
@@ -65,6 +65,18 @@ def demo(session: nox.Session) -> None:
         env={"COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": threads(), "DO_NOT_TRACK": "1"},
         external=True,
     )
+
+
+@nox.session(python=False)
+def fidelity(session: nox.Session) -> None:
+    """The fidelity benchmark at width 128, or with `-- --width 384` at another. Trains its LoRAs first."""
+    python, comfyui = set_up(session)
+    install(session, python, *group("bench"))
+    width = session.posargs[session.posargs.index("--width") + 1] if "--width" in session.posargs else "128"
+    env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1"}
+    for script, arguments, count in (("train", ["--width", width], threads()), ("run", session.posargs, "1")):
+        command = (python, f"benchmarks/fidelity/{script}.py", *arguments)
+        session.run(*command, env={**env, "OMP_NUM_THREADS": count}, external=True)
 
 
 @nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)

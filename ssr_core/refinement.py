@@ -17,7 +17,7 @@ from .recording import Recording, Tap
 from .site import Site
 from .subspace import Subspace
 
-TOKENS = 512  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
+TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
 
 class Refinement(Recording):
@@ -66,7 +66,7 @@ class Refinement(Recording):
             yield site, empty
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
-        waiting: deque[tuple[Tensor, Tensor]] = deque()  # which tokens, and their outputs under the LoRA alone
+        waiting: deque[tuple[int, Tensor, Tensor]] = deque()  # how many tokens, which, their outputs under the LoRA
         active = {site: own for signal in tap.signals for site, own, _ in signal.updates}
         ups = {site: up for signal in tap.signals for site, _, up in signal.updates}
 
@@ -79,11 +79,18 @@ class Refinement(Recording):
                     result = layer.plus(x, output, (self._own(site, own, ups[site]) for site, own in active.items()))
                     tokens = layer.outputs(result)
                     chosen = self._some(len(tokens), x.device)
-                    waiting.append((chosen, tokens[chosen]))
+                    waiting.append((len(tokens), chosen, tokens[chosen]))
                     return result
                 if not waiting:
                     raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
-                self._compare(tap, layer, x, output, *waiting.popleft())
+                count, chosen, alone = waiting.popleft()
+                if count != len(layer.outputs(output)):
+                    raise StatisticsError(
+                        f"{layer.name} saw {count} tokens under the LoRA alone and {len(layer.outputs(output))} under "
+                        "the merge, so they cannot be compared. Both have to run on the same batch; or collect without "
+                        "refinement."
+                    )
+                self._compare(tap, layer, x, output, chosen, alone)
                 sites = [site for signal in tap.signals for site in signal.sites if site in self._updates]
                 return layer.plus(x, output, ((site, self._updates[site]) for site in sites))
 

@@ -25,12 +25,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "demo")]
 
-import cast
-import host
-import merges
-import report
-import torch
-from testbed import Deltas, Testbed
+import cast  # noqa: E402
+import host  # noqa: E402
+import merges  # noqa: E402
+import report  # noqa: E402
+import torch  # noqa: E402
+from testbed import Deltas, Testbed  # noqa: E402
 
 BUDGETS = ((1, 1), (1, 4), (4, 4), (8, 8))  # steps x prompts
 SETS = {"held-out": cast.HELD_OUT, "tuning": cast.TUNING}

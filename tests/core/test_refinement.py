@@ -161,6 +161,19 @@ def test_the_merge_may_not_run_before_the_lora_alone():
         model(batches()[0])
 
 
+def test_both_branches_have_to_see_the_same_batch():
+    model, collector, calibration = refined()
+    with (
+        pytest.raises(StatisticsError, match="40 tokens"),
+        torch.no_grad(),
+        collector.refining(model, 0, merge(calibration).updates) as run,
+    ):
+        with run.alone():
+            model(batches()[0])
+        with run.merged():
+            model(batches()[0][:7])
+
+
 def test_corrections_add_up_and_are_saved_with_the_statistics(tmp_path):
     _, _, calibration = refined()
     twice = calibration + calibration
