@@ -107,6 +107,9 @@ def _notes(stats: Stats, report: Report) -> Iterator[str]:
     for name, one in zip(report.names, stats.carried, strict=True):
         if one.unmatched:
             yield f"{name}: {len(one.unmatched)} tensors name nothing in this model, such as {one.unmatched[0]!r}."
+    corrections = stats.calibration.corrections.values()
+    if any(correction.strengths != report.strengths for correction in corrections):
+        yield "The refinement was measured at other strengths and is left out; collect at these to have it."
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
 

@@ -223,3 +223,26 @@ def test_a_refined_merge_follows_each_lora_more_closely(tiny_flux):
 
 def test_few_steps_are_not_refined(tiny_flux):
     assert collect(tiny_flux(), *two(), steps=2, refine=1).calibration.corrections == {}
+
+
+def test_other_strengths_than_collected_leave_the_refinement_out_and_say_so(tiny_flux):
+    model = tiny_flux()
+    plain, refined = (collect(model, *two(), refine=n) for n in (0, 1))
+    (one, _), (other, report) = (solve(stats, strengths="1, 0.5") for stats in (plain, refined))
+    assert "left out" in report
+    assert all(relative(other[key], one[key]) < 1e-6 for key in one)
+    assert "left out" not in solve(refined)[1]
+
+
+def test_an_automatic_rank_keeps_nearly_everything_and_the_report_tells_what_ranks_lose(tiny_flux):
+    stats = collect(tiny_flux(), *two())
+    (full, report), (smaller, _) = (solve(stats, rank=rank) for rank in (0, -1))
+    ranks = [
+        [len(value) for key, value in lora.items() if "lora_down" in key or "lora_A" in key] for lora in (full, smaller)
+    ]
+    assert 0 < sum(ranks[1]) <= sum(ranks[0])
+    assert "Effect lost if every layer is cut to rank 4:" in report
+
+
+def test_one_step_is_reported_as_too_few(tiny_flux):
+    assert "1 noise level only" in solve(collect(tiny_flux(), *two(), steps=1))[1]
