@@ -28,7 +28,7 @@ def training_steps(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "encoder": partial(autoencoder.train_encoder, args.encoder_steps),
         "base": partial(diffusion.train_base, args.base_steps, args.batch),
         "finish": partial(diffusion.finish_base, args.finish_steps, args.batch),
-        **{f"lora:{name}": partial(lora.train_lora, name, args.batch) for name in lora.RECIPES},
+        **{f"lora:{name}": partial(lora.train_lora, name, args.lora_batch) for name in lora.RECIPES},
     }
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=2200)
     parser.add_argument("--finish-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lora-batch", type=int, default=16)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     steps = training_steps(args)

@@ -85,15 +85,12 @@ def join_world() -> None:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Eight LoRAs, of rank 8 or 16, trained with AdamW as most people's are: four to tune on and four held out.
-
-    Two of the demo's characters and its two styles are among the first, trained anew.
-    """
+    """Eight LoRAs of rank 8 or 16: the demo's four to tune on, at any width, and four that are held out."""
 
     def of(file: str, trigger: str, scenes: Scenes, steps: int, seed: int) -> Recipe:
-        return Recipe(file, trigger, 8, native_file, scenes, steps, seed, muon=False)
+        return Recipe(file, trigger, 8, native_file, scenes, steps, seed)
 
-    tuning = {name: replace(RECIPES[name], file_of=native_file, muon=False) for name in TUNING}
+    tuning = {name: replace(RECIPES[name], file_of=native_file) for name in TUNING}
     held_out = {
         "pingo": of("pingo_penguin", "pingo the penguin", world.character_scenes, 300, 20),
         "dino": of("dino_dragon", "dino the dragon", world.character_scenes, 300, 21),
