@@ -79,7 +79,7 @@ def test_progress_counts_all_loras_prompts_and_steps_and_the_node_tells_what_it_
     events: list[Event] = []
     server.run(merge_graph(steps=3, seed=22), events.append)
     steps = [e.data for e in events if e.kind == "progress" and e.data.get("node") == "collect"]
-    assert (steps[-1]["value"], steps[-1]["max"]) == (12, 12)  # 2 LoRAs, 3 steps to survey and 3 to measure
+    assert (steps[-1]["value"], steps[-1]["max"]) == (18, 18)  # 2 LoRAs, 3 steps each to survey, measure and refine
     texts = [e.data["text"] for e in events if e.kind == "progress_text"]
     assert any("2 LoRAs" in text and "sites" in text for text in texts)
 
