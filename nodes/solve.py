@@ -44,9 +44,9 @@ class SSRSolve(io.ComfyNode):
                     default=0,
                     min=-1,
                     max=4096,
-                    tooltip="Rank of the merged LoRA. 0 keeps all, which is the sum of the LoRAs' ranks. -1 finds, "
-                    "layer by layer, the smallest that loses less than 1 % of the effect. The report tells what other "
-                    "ranks lose.",
+                    tooltip="Size of the merged LoRA, as that of a LoRA of this rank; layers that need more take from "
+                    "those that need less. 0 keeps all, which is the sum of the LoRAs' ranks. -1 finds, layer by "
+                    "layer, the smallest rank that loses less than 1 % of the effect.",
                 ),
                 io.Float.Input(
                     "routing",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
 from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
-from .rank import isotropic_factor, truncate
+from .rank import isotropic_factor, spread_ranks, truncate
 from .router import Ridge, normal_equations, solve_router, solve_up
 from .site import Site
 from .subspace import Subspace
@@ -27,7 +27,8 @@ class MergeSettings:
     """Everything that can be chosen after collecting; none of it needs new statistics."""
 
     ridge: Ridge = field(default_factory=Ridge)
-    rank: float = 0  # of each site: 0 = the joint rank, 1 or more = at most so many, between 0 and 1 = energy to keep
+    rank: float = 0  # 0 = the joint rank, 1 or more = that of the result, between 0 and 1 = energy that each site keeps
+    spread: bool = True  # whether sites that need more than `rank` may take from those that need less
     routing: float = 1.0  # 0 = the plain stack, 1 = fully routed
     strengths: tuple[float, ...] | None = None  # (K,) instead of the LoRAs' own
     weights: tuple[float, ...] | None = None  # (K,) how much each task's tokens count
@@ -52,6 +53,8 @@ class MergeSettings:
         if not all(math.isfinite(p) and p >= 0 for p in penalties):
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
+
+KEEP_ALL = 1 - 1e-9  # a share of energy: the directions of a site in order, none of them lost
 
 MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, corrected=False, count_absent=False)
 
@@ -91,14 +94,26 @@ def merge(
     }
     weights = _weights(calibration, settings)
     corrections = _corrections(calibration, strengths) if settings.corrected and settings.routing else {}
-    for done, (site, space) in enumerate(calibration.subspaces.items()):
-        on_site(done, len(calibration.subspaces))
-        scaled = space.scaled(strengths)
-        if site in measured:
-            correction = corrections.get(site)
-            update, report = _merge_routed(site, scaled, measured[site], correction, weights[site], settings)
-        else:
-            update, report = _pass_through(site, scaled, settings)
+
+    def merged(site: Site, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:
+        scaled = calibration.subspaces[site].scaled(strengths)
+        if site not in measured:
+            return _pass_through(site, scaled, settings)
+        return _merge_routed(site, scaled, measured[site], corrections.get(site), weights[site], settings)
+
+    spread = settings.spread and settings.rank >= 1
+    total = len(calibration.subspaces) * (2 if spread else 1)
+    spectra: dict[Site, tuple[float, ...]] = {}
+    for site in calibration.subspaces if spread else ():
+        on_site(len(spectra), total)
+        spectra[site] = merged(site, replace(settings, rank=KEEP_ALL))[1].spectrum
+    costs = {
+        site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
+    }
+    ranks = spread_ranks(spectra, costs, int(settings.rank))
+    for done, site in enumerate(calibration.subspaces):
+        on_site(total - len(calibration.subspaces) + done, total)
+        update, report = merged(site, replace(settings, rank=ranks.get(site, settings.rank)))
         updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
         reports.append(report)
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
@@ -143,10 +158,11 @@ def _merge_routed(
 def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:
     """The update of the only task, or of the only one that has a LoRA here, as it is."""
     update, energy = scaled.task(scaled.present[0]), 1.0
+    spectrum: tuple[float, ...] = ()
     if settings.rank:
         update, truncation = truncate(update, isotropic_factor(update), settings.rank)
-        energy = truncation.energy
-    return update, SiteReport(site, scaled.ranks, update.rank, energy=energy)
+        energy, spectrum = truncation.energy, truncation.spectrum
+    return update, SiteReport(site, scaled.ranks, update.rank, energy=energy, spectrum=spectrum)
 
 
 def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:

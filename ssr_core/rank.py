@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .low_rank_update import LowRankUpdate
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,26 @@ def truncate(update: LowRankUpdate, factor: Tensor, rank: float) -> tuple[LowRan
     down = (right @ update.down.flatten(1).double()).reshape(count, *update.in_shape)
     shares = tuple((values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)).tolist())
     return LowRankUpdate(down, update.up.double() @ left).balanced(), Truncation(left, right, kept, shares)
+
+
+def spread_ranks(spectra: Mapping[T, Sequence[float]], costs: Mapping[T, int], rank: int) -> dict[T, int]:
+    """A rank for each layer, together with no more parameters than `rank` everywhere, that loses the least.
+
+    Layers differ in how many directions they need. The directions with the largest shares for their parameters are
+    taken, and every layer keeps at least one.
+
+    Args:
+        spectra: the share of a layer's effect along each direction, largest first.
+        costs: parameters that a direction takes, in + out.
+    """
+    ranks = dict.fromkeys(spectra, 1)
+    left = (rank - 1) * sum(costs[layer] for layer in spectra)
+    wanted = ((share / costs[layer], layer) for layer, shares in spectra.items() for share in shares[1:] if share > 0)
+    for _, layer in sorted(wanted, key=lambda pair: -pair[0]):
+        if costs[layer] <= left:
+            ranks[layer] += 1
+            left -= costs[layer]
+    return ranks
 
 
 def isotropic_factor(update: LowRankUpdate) -> Tensor:

@@ -38,7 +38,7 @@ def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int, **o
 
 
 def routed(calibration: Any, names: Sequence[str], bed: Testbed) -> dict[str, Deltas]:
-    """The paper's settings, and ours at full rank and at the rank of the largest LoRA, from the same points."""
+    """The paper's settings, and ours at full rank and at the size of the largest LoRA, from the same points."""
     core = host.ssr_core
     rank = max(update.rank for name in names for update in bed.updates(name).values())
     paper = core.merge(without_context(calibration), core.MergeSettings.PAPER)
@@ -46,7 +46,7 @@ def routed(calibration: Any, names: Sequence[str], bed: Testbed) -> dict[str, De
     return {
         "paper": dense(paper.updates),
         "ours": dense(ours.updates),
-        "ours, rank of one": dense(small.updates),
+        "ours, size of one": dense(small.updates),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD")
-CALIBRATED = ("paper", "ours", "ours, rank of one")
+CALIBRATED = ("paper", "ours", "ours, size of one")
 STACKS = FREE[:3]
 
 Rows = Sequence[dict]
@@ -67,7 +67,7 @@ def _ratios(rows: Rows) -> str:
 
     wanted = {
         "velocity, ours / paper, mean": (over("velocity", "ours", "paper"), fmean),
-        "velocity, ours at the rank of one / paper, mean": (over("velocity", "ours, rank of one", "paper"), fmean),
+        "velocity, ours at the size of one / paper, mean": (over("velocity", "ours, size of one", "paper"), fmean),
         "velocity, ours / best plain stack, mean": (to_best_stack, fmean),
         "velocity, ours / best plain stack, worst subset": (to_best_stack, max),
         "image, ours / paper, mean": (over("image", "ours", "paper"), fmean),

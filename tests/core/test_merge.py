@@ -120,9 +120,32 @@ def test_a_rank_bounds_every_site():
     loras = [random_lora("cat", model, 3, 1), random_lora("dog", model, 4, 2, ["0"])]
     calibration = collect(loras, model, [random(30, 8), random(30, 8, seed=1)])
     assert {s.module: u.rank for s, u in merge(calibration).updates.items()} == {"0": 7, "2": 3}
-    result = merge(calibration, MergeSettings(rank=2))
+    result = merge(calibration, MergeSettings(rank=2, spread=False))
     assert {s.module: u.rank for s, u in result.updates.items()} == {"0": 2, "2": 2}
     assert all(0 < site.energy < 1 and site.rank == 2 for site in result.report.sites)
+
+
+def test_a_rank_is_spread_over_the_sites_at_the_same_size_and_loses_less():
+    model = mlp()
+    strong = random_lora("dog", model, 4, 2)
+    loras = [random_lora("cat", model, 3, 1), strong]
+    calibration = collect(loras, model, [random(30, 8), random(30, 8, seed=1)])
+    even, spread = (merge(calibration, MergeSettings(rank=3, spread=s)) for s in (False, True))
+    size = [sum(u.down.numel() + u.up.numel() for u in m.updates.values()) for m in (even, spread)]
+    assert size[1] <= size[0]
+    lost = [sum(1 - site.energy for site in m.report.sites) for m in (even, spread)]
+    assert lost[1] <= lost[0]
+
+
+def test_every_site_keeps_a_direction_and_the_progress_covers_both_passes():
+    model = mlp()
+    calibration = collect(
+        [random_lora("cat", model, 3, 1), random_lora("dog", model, 4, 2)], model, [random(30, 8)] * 2
+    )
+    steps: list[tuple[int, int]] = []
+    result = merge(calibration, MergeSettings(rank=1), lambda *step: steps.append(step))
+    assert {update.rank for update in result.updates.values()} == {1}
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
 def test_truncation_measures_where_the_data_are():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssr_core import LowRankUpdate, truncate
-from ssr_core.rank import isotropic_factor
+from ssr_core.rank import isotropic_factor, spread_ranks
 from synthetic import dense, random, random_update
 
 
@@ -145,3 +145,21 @@ def test_an_update_of_zeros_stays_one_in_float32(silent, rank, metric):
     assert stored.is_finite()
     assert not dense(stored).any()
     assert 0 <= truncation.energy <= 1
+
+
+def test_spread_ranks_take_the_directions_that_matter_for_their_size():
+    spectra = {"flat": [0.3, 0.3, 0.2, 0.2], "steep": [0.97, 0.01, 0.01, 0.01]}
+    assert spread_ranks(spectra, {"flat": 10, "steep": 10}, 2) == {"flat": 3, "steep": 1}
+    assert spread_ranks(spectra, {"flat": 10, "steep": 10}, 9) == {"flat": 4, "steep": 4}
+    assert spread_ranks(spectra, {"flat": 1000, "steep": 10}, 1) == {"flat": 1, "steep": 1}
+
+
+def test_spread_ranks_never_take_more_parameters_than_the_same_rank_everywhere():
+    spectra = {
+        name: sorted(torch.rand(12, generator=torch.Generator().manual_seed(name)).tolist())[::-1] for name in range(9)
+    }
+    costs = {name: 10 + 7 * name for name in spectra}
+    for rank in range(1, 8):
+        ranks = spread_ranks(spectra, costs, rank)
+        assert sum(ranks[n] * costs[n] for n in spectra) <= rank * sum(costs.values())
+        assert min(ranks.values()) >= 1
