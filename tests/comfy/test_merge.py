@@ -95,7 +95,7 @@ def test_a_rank_bounds_the_size_of_the_result(stats):
     # a layer that one LoRA writes to in slices may keep the rank once per slice
     whole = {key for key in lora if not any(s in key for s in ("qkv", "linear1"))}
     downs = [lora[key] for key in whole if key.endswith("lora_A.weight")]
-    assert all(1 <= len(down) for down in downs)
+    assert all(len(down) >= 1 for down in downs)
     assert sum(value.numel() for value in lora.values()) < 0.5 * sum(v.numel() for v in solve(stats)[0].values())
     assert "Truncation kept" in report
 
