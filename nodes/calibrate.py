@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -156,7 +157,7 @@ def calibrate(
         if run.kind is Kind.MEASURE and before.kind is Kind.SURVEY:
             collector.see(context)
         if run.kind is Kind.REFINE and run.index <= before.index:  # once for all tasks
-            updates = merge(collector.calibration()).updates
+            updates = merge(collector.calibration(), on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
             _sample(_prepared(patcher, run.task, loaded[run.index].carried), run, recording, latent, on_step)
             if not recording.heard:
@@ -166,6 +167,10 @@ def calibrate(
                 )
         silent.update(recording.silent)
     return collector.calibration(), tuple(sorted(silent))
+
+
+def _interruptible(done: int, total: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def _recording(
