@@ -348,9 +348,14 @@ class Scene:
         return recolour(canvas.pixels()) if recolour else canvas.pixels()
 
 
+def lightness(pixels: np.ndarray) -> np.ndarray:
+    """(height, width) from 0 to 1 of uint8 (height, width, 3)."""
+    return pixels @ np.array([0.299, 0.587, 0.114]) / 255.0
+
+
 def duotone(pixels: np.ndarray) -> np.ndarray:
     """From dark brown to cream by lightness, uint8 (height, width, 3)."""
-    light = (pixels @ np.array([0.299, 0.587, 0.114]) / 255.0)[..., None]
+    light = lightness(pixels)[..., None]
     dark, pale = np.array([58, 22, 8]), np.array([255, 222, 150])
     return np.clip(dark + (pale - dark) * light, 0, 255).round().astype(np.uint8)
 

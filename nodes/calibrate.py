@@ -153,10 +153,9 @@ def calibrate(
     updates: Mapping[Site, LowRankUpdate] = {}
     for number, run in enumerate(runs):
         on_run(number)
-        before = runs[number - 1]
-        if run.kind is Kind.MEASURE and before.kind is Kind.SURVEY:
+        if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
             collector.see(context)
-        if run.kind is Kind.REFINE and run.index <= before.index:  # once for all tasks
+        if run.kind is Kind.REFINE and run.index == 0:
             updates = merge(collector.calibration(), on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
             _sample(_prepared(patcher, run.task, loaded[run.index].carried), run, recording, latent, on_step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
@@ -33,13 +33,14 @@ def describe(
         {**one.lora.source, "strength": task.strength, "prompts": len(task.conditioning)}
         for one, task in zip(loaded, tasks, strict=True)
     ]
+    choices = {name: value for name, value in vars(sampling).items() if name != "negative"}
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
         "ssr.sources": json.dumps(sources),
         "ssr.calibration": json.dumps(
-            {**_without_prompts(sampling), "context": context, "refine": refine, "model": type(model.model).__name__}
+            {**choices, "context": context, "refine": refine, "model": type(model.model).__name__}
         ),
     }
     if architecture := _architecture(model.model, sources):
@@ -49,10 +50,6 @@ def describe(
     if triggers := [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]:
         metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
     return metadata
-
-
-def _without_prompts(sampling: Sampling) -> dict[str, Any]:
-    return {field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "negative"}
 
 
 def with_settings(provenance: Mapping[str, str], settings: MergeSettings, report: Report) -> dict[str, str]:

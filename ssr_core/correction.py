@@ -29,12 +29,6 @@ class Correction:
     fingerprint: str  # of the subspace they were measured in
     strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
 
-    @classmethod
-    def empty(cls, subspace: Subspace, strengths: tuple[float, ...]) -> Correction:
-        tasks, rows = len(subspace.ranks), subspace.down.shape[0]
-        gram = torch.zeros(tasks, rows, rows, dtype=torch.float64)
-        return cls(gram, torch.zeros(tasks, len(subspace.up), rows), subspace.fingerprint, strengths)
-
     def __add__(self, other: Correction) -> Correction:
         """The pairs of both runs together."""
         if (self.fingerprint, self.strengths) != (other.fingerprint, other.strengths):

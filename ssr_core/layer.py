@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ModelMismatchError
-from .low_rank_update import LowRankUpdate
 from .site import Site
 
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
@@ -52,8 +51,7 @@ class Layer:
         images of a convolution are not divided.
         """
         if self.is_conv:
-            if x.ndim < len(self.weight_shape):  # one image without a batch axis
-                x, output = x[None], output[None]
+            x, output = self._batched(x), self._batched(output)
             size = max(1, CHUNK_BYTES // (4 * x[0].numel()))
             yield from zip(x.split(size), output.movedim(1, -1).split(size), strict=True)
         else:
@@ -62,28 +60,34 @@ class Layer:
             size = max(1, CHUNK_BYTES // (4 * widest))
             yield from zip(tokens.split(size), written.split(size), strict=True)
 
-    def plus(self, x: Tensor, output: Tensor, updates: Iterable[tuple[Site, LowRankUpdate]]) -> Tensor:
-        """The output with updates of this layer added to a copy of it."""
-        result, dtype = output.clone(memory_format=torch.contiguous_format), compute_dtype(x)
-        for site, update in updates:
-            down = update.down.reshape(-1, *self.weight_shape[1:]).to(x.device, dtype)
-            up = update.up.to(x.device, dtype)
+    def place(self, down: Tensor, where: tuple[torch.device, torch.dtype]) -> Tensor:
+        """A `down` in this layer's own layout, ready for `project`."""
+        return down.reshape(-1, *self.weight_shape[1:]).to(*where)
+
+    def plus(self, x: Tensor, output: Tensor, updates: Iterable[tuple[Site, Tensor, Tensor]]) -> Tensor:
+        """The output with updates of this layer, as (site, down, up) in their place, added to a copy of it."""
+        result = output.clone(memory_format=torch.contiguous_format)
+        for site, down, up in updates:
             for piece, written in self.chunks(x, result, len(down)):
                 rows = written[..., site.start : site.stop]
-                rows += (self.project(piece.to(dtype), down) @ up.mT).reshape(rows.shape)
+                rows += (self.project(piece.to(down.dtype), down) @ up.mT).reshape(rows.shape)
         return result
+
+    def positions(self, output: Tensor) -> int:
+        """How many tokens an output holds."""
+        return output.numel() // self.weight_shape[0]
 
     def outputs(self, output: Tensor) -> Tensor:
         """(tokens, out)"""
         if self.is_conv:
-            output = (output if output.ndim == len(self.weight_shape) else output[None]).movedim(1, -1)
+            output = self._batched(output).movedim(1, -1)
         return output.reshape(-1, output.shape[-1])
 
     def project_some(self, x: Tensor, down: Tensor, chosen: Tensor) -> Tensor:
         """`project` for the tokens with these indices only."""
         if not self.is_conv:
             return self.project(x.reshape(-1, x.shape[-1])[chosen], down)
-        return self.project(x if x.ndim == len(self.weight_shape) else x[None], down)[chosen]
+        return self.project(self._batched(x), down)[chosen]
 
     def samples(self, x: Tensor) -> int:
         """The size of the batch: each of its entries is one image at one step."""
@@ -103,6 +107,10 @@ class Layer:
             padding = 0
         z = _CONV[down.ndim](x, down, stride=module.stride, padding=padding, dilation=module.dilation)
         return z.movedim(1, -1).flatten(0, -2)
+
+    def _batched(self, images: Tensor) -> Tensor:
+        """Inputs or outputs of a convolution, which may be one image without a batch axis."""
+        return images if images.ndim == len(self.weight_shape) else images[None]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -147,12 +147,9 @@ def _merge_routed(
         router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
         spectrum = truncation.spectrum
     kept = residuals(statistics, scaled, router, None if correction is None else basis)
-    report = SiteReport(
-        *(site, scaled.ranks, update.rank, statistics.tokens, kept, equations.condition, energy),
-        coverage=statistics.coverage,
-        spectrum=spectrum,
-    )
-    return update, report
+    seen, condition = statistics, equations.condition
+    ranks = (scaled.ranks, update.rank)
+    return update, SiteReport(site, *ranks, seen.tokens, kept, condition, energy, seen.coverage, spectrum)
 
 
 def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:

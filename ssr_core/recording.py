@@ -16,6 +16,8 @@ from .sketch import Sketch
 from .subspace import Subspace
 from .sufficient_statistics import Accumulator, SufficientStatistics
 
+Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
+
 
 class Recording:
     """One run of one task: the hooks on the model and the sums behind them."""
@@ -144,17 +146,18 @@ def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey
     return list(taps.values())
 
 
+def first_of(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a layer was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _counting_hook(tap: Tap, layer: Layer, choose: Callable[[int, int], Tensor | None]) -> Callable[..., Tensor]:
     """The forward hook of one module: project, count, and add the running task's update to the output."""
-    placed: dict[tuple[torch.device, torch.dtype], list[tuple[Signal, Tensor, list[Tensor]]]] = {}
+    placed: dict[Place, list[tuple[Signal, Tensor, list[Tensor]]]] = {}
 
-    def place(device: torch.device, dtype: torch.dtype) -> list[tuple[Signal, Tensor, list[Tensor]]]:
+    def place(where: Place) -> list[tuple[Signal, Tensor, list[Tensor]]]:
         return [
-            (
-                signal,
-                signal.down.reshape(-1, *layer.weight_shape[1:]).to(device, dtype),
-                [up.to(device, dtype) for _, _, up in signal.updates],
-            )
+            (signal, layer.place(signal.down, where), [up.to(*where) for _, _, up in signal.updates])
             for signal in tap.signals
         ]
 
@@ -162,15 +165,15 @@ def _counting_hook(tap: Tap, layer: Layer, choose: Callable[[int, int], Tensor |
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_of(args, kwargs)
         where = (x.device, compute_dtype(x))
         if where not in placed:
-            placed[where] = place(*where)
+            placed[where] = place(where)
         tap.fired = True
         for signal in tap.signals:
             signal.sums.samples += layer.samples(x)
         result = output.clone(memory_format=torch.contiguous_format)
-        positions = layer.outputs(result).shape[0]
+        positions = layer.positions(output)
         with torch.autocast(x.device.type, enabled=False):
             for piece, written in layer.chunks(x, result, rank):
                 piece = piece.to(where[1])

@@ -13,9 +13,11 @@ from .correction import Correction
 from .errors import StatisticsError
 from .layer import Layer, compute_dtype
 from .low_rank_update import LowRankUpdate
-from .recording import Recording, Tap
+from .recording import Place, Recording, Signal, Tap, first_of
 from .site import Site
 from .subspace import Subspace
+
+Updates = list[tuple[Site, Tensor, Tensor]]  # down and up of each
 
 TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
@@ -34,7 +36,7 @@ class Refinement(Recording):
         super().__init__(subspaces, task, strengths[task], tokens=tokens)
         self._updates, self._strengths = updates, tuple(strengths)
         self._alone = True
-        self._sums: dict[Site, tuple[Tensor, Tensor]] = {}  # z'^T z' (R, R), t^T z' (out, R), on the model's device
+        self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -57,26 +59,38 @@ class Refinement(Recording):
         Raises:
             StatisticsError: activations were not finite.
         """
-        for site, (gram, target) in self._sums.items():
+        for site, seen in self.statistics():
             space = self._subspaces[site]
-            empty = Correction.empty(space, self._strengths)
-            empty.gram[self.task] = gram.to("cpu", torch.float64)
-            empty.target[self.task] = target.to("cpu", torch.float32)
-            empty.check(space, site)
-            yield site, empty
+            target = torch.zeros(len(space.ranks), *self._targets[site].shape)
+            target[self.task] = self._targets[site].to("cpu", torch.float32)
+            correction = Correction(seen.gram, target, seen.fingerprint, self._strengths)
+            correction.check(space, site)
+            yield site, correction
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
         waiting: deque[tuple[int, Tensor, Tensor]] = deque()  # how many tokens, which, their outputs under the LoRA
-        active = {site: own for signal in tap.signals for site, own, _ in signal.updates}
-        ups = {site: up for signal in tap.signals for site, _, up in signal.updates}
+        placed: dict[Place, tuple[Updates, Updates, list[Tensor]]] = {}
+
+        def place(where: Place) -> tuple[Updates, Updates, list[Tensor]]:
+            """The LoRA's own updates, those of the merge, and each signal's `down`."""
+            own = [(site, signal.down[rows], up) for signal in tap.signals for site, rows, up in signal.updates]
+            merged = [
+                (s, u.down, u.up) for g in tap.signals for s in g.sites if (u := self._updates.get(s)) is not None
+            ]
+            own, merged = ([(s, layer.place(down, where), up.to(*where)) for s, down, up in u] for u in (own, merged))
+            return own, merged, [layer.place(signal.down, where) for signal in tap.signals]
 
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_of(args, kwargs)
+            where = (x.device, compute_dtype(x))
+            if where not in placed:
+                placed[where] = place(where)
+            own, merged, downs = placed[where]
             tap.fired = True
             with torch.autocast(x.device.type, enabled=False):
                 if self._alone:
-                    result = layer.plus(x, output, (self._own(site, own, ups[site]) for site, own in active.items()))
+                    result = layer.plus(x, output, own)
                     tokens = layer.outputs(result)
                     chosen = self._some(len(tokens), x.device)
                     waiting.append((len(tokens), chosen, tokens[chosen]))
@@ -84,35 +98,28 @@ class Refinement(Recording):
                 if not waiting:
                     raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
                 count, chosen, alone = waiting.popleft()
-                if count != len(layer.outputs(output)):
+                if count != layer.positions(output):
                     raise StatisticsError(
-                        f"{layer.name} saw {count} tokens under the LoRA alone and {len(layer.outputs(output))} under "
+                        f"{layer.name} saw {count} tokens under the LoRA alone and {layer.positions(output)} under "
                         "the merge, so they cannot be compared. Both have to run on the same batch; or collect without "
                         "refinement."
                     )
-                self._compare(tap, layer, x, output, chosen, alone)
-                sites = [site for signal in tap.signals for site in signal.sites if site in self._updates]
-                return layer.plus(x, output, ((site, self._updates[site]) for site in sites))
+                missing = alone.to(where[1]) - layer.outputs(output)[chosen].to(where[1])
+                for signal, down in zip(tap.signals, downs, strict=True):
+                    if signal.counted:
+                        self._count(signal, layer.project_some(x.to(where[1]), down, chosen), missing)
+                return layer.plus(x, output, merged)
 
         return hook
 
-    def _own(self, site: Site, own: slice, up: Tensor) -> tuple[Site, LowRankUpdate]:
-        return site, LowRankUpdate(self._subspaces[site].down[own], up)
+    def _count(self, signal: Signal, z: Tensor, missing: Tensor) -> None:
+        """z: (tokens, R) under the merge; missing: (tokens, out) what it should write there."""
+        signal.sums.update(z)
+        for site in signal.sites:
+            target = missing[:, site.start : site.stop].mT @ z
+            self._targets[site] = self._targets[site] + target if site in self._targets else target
 
     def _some(self, tokens: int, device: torch.device) -> Tensor:
         """Indices of at most so many tokens, each as likely as any other."""
         chosen = self._choose(tokens, tokens)
         return (torch.arange(tokens) if chosen is None else chosen).to(device)
-
-    def _compare(self, tap: Tap, layer: Layer, x: Tensor, output: Tensor, chosen: Tensor, alone: Tensor) -> None:
-        dtype = compute_dtype(x)
-        missing = alone.to(dtype) - layer.outputs(output)[chosen].to(dtype)
-        for signal in tap.signals:
-            if not signal.counted:
-                continue
-            down = signal.down.reshape(-1, *layer.weight_shape[1:]).to(x.device, dtype)
-            z = layer.project_some(x.to(dtype), down, chosen)
-            for site in signal.sites:
-                gram, target = self._sums.get(site, (0.0, 0.0))
-                product = (z.mT @ z).to(torch.float32 if x.device.type == "mps" else torch.float64)
-                self._sums[site] = (gram + product, target + missing[:, site.start : site.stop].mT @ z)

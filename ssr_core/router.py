@@ -30,9 +30,7 @@ class Ridge:
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
-    scarcity: float = (
-        1.0  # of the mean diagonal entry of a task's rows, over the 4th power of the number of noise levels
-    )
+    scarcity: float = 1.0  # of the mean diagonal entry of a task's rows, over the noise levels seen to the power of 4
     floor: float = 1e-6  # the same, however many noise levels: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
     prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero

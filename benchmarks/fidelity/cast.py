@@ -70,9 +70,8 @@ def cacto(c: Canvas) -> None:
 
 def poster(pixels: np.ndarray) -> np.ndarray:
     """Four inks by lightness, uint8 (height, width, 3)."""
-    light = pixels @ np.array([0.299, 0.587, 0.114]) / 255.0
     inks = np.array([(18, 40, 74), (206, 48, 56), (112, 160, 168), (250, 232, 180)], dtype=np.uint8)
-    return inks[np.digitize(light, (0.3, 0.55, 0.75))]
+    return inks[np.digitize(world.lightness(pixels), (0.3, 0.55, 0.75))]
 
 
 CHARACTERS = {"pingo the penguin": pingo, "dino the dragon": dino, "cacto the crate": cacto}

@@ -42,15 +42,9 @@ CONTEXT = _part("ssr_core.collect").CONTEXT
 LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 
 
-def collect(
-    patcher: Any,
-    tasks: Sequence[Any],
-    loaded: Sequence[Any],
-    steps: int,
-    context: int = CONTEXT,
-    refine: int = nodes.calibrate.REFINE,
-) -> Any:
+def collect(patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int) -> Any:
     """What SSR Collect Stats does, without its progress bar."""
-    runs = nodes.calibrate.plan(tasks, nodes.calibrate.Sampling(0, steps, "euler", "simple"), context, refine)
+    sampling = nodes.calibrate.Sampling(0, steps, "euler", "simple")
+    runs = nodes.calibrate.plan(tasks, sampling, CONTEXT, nodes.calibrate.REFINE)
     ignore = lambda _: None  # noqa: E731
-    return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, context, ignore, ignore)[0]
+    return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]

@@ -13,12 +13,11 @@ from testbed import Deltas, Testbed, dense
 from torch import Tensor
 
 DENSITY = 0.5  # of TIES and DARE-TIES: the share of values that is kept
-STACKS = ("stack 1.0", "stack 0.7", "stack 1/K")
 
 
 def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]:
     """What needs no run of the model: plain stacks, TIES, DARE-TIES and an SVD of the mean."""
-    rank = max(update.rank for name in names for update in bed.updates(name).values())
+    rank = bed.rank(names)
     count = len(names)
     return {
         "stack 1.0": _combined(bed, names, lambda deltas: deltas.sum(0)),
@@ -30,17 +29,17 @@ def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]
     }
 
 
-def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int, **options: Any) -> Any:
+def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int) -> Any:
     """The statistics that SSR Collect Stats gathers with its own code and defaults."""
     tasks = [bed.task(name, prompts) for name in names]
     loaded = [bed.loaded(task) for task in tasks]
-    return host.collect(bed.patcher, tasks, loaded, steps, **options)
+    return host.collect(bed.patcher, tasks, loaded, steps)
 
 
 def routed(calibration: Any, names: Sequence[str], bed: Testbed) -> dict[str, Deltas]:
     """The paper's settings, and ours at full rank and at the size of the largest LoRA, from the same points."""
     core = host.ssr_core
-    rank = max(update.rank for name in names for update in bed.updates(name).values())
+    rank = bed.rank(names)
     paper = core.merge(without_context(calibration), core.MergeSettings.PAPER)
     ours, small = (core.merge(calibration, core.MergeSettings(rank=r)) for r in (0, rank))
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +84,7 @@ class Testbed:
         self._encoded, self._row = Captions.encode(texts), {text: i for i, text in enumerate(texts)}
         self._modules = dict(self.patcher.model.named_modules())
         self._references: dict[str, Reference] = {}
+        self._updates: dict[str, Mapping[Any, Any]] = {}
         self._alone: dict[str, Deltas] = {}
         self._to_pixels = torch.linalg.pinv(PatchComponents(**storage.load("components")).components)
 
@@ -137,7 +138,13 @@ class Testbed:
 
     def updates(self, name: str) -> Mapping[Any, Any]:
         """One LoRA as the pack reads it."""
-        return self.loaded(self.task(name, 1)).lora.updates
+        if name not in self._updates:
+            self._updates[name] = self.loaded(self.task(name, 1)).lora.updates
+        return self._updates[name]
+
+    def rank(self, names: Sequence[str]) -> int:
+        """Of the largest of these LoRAs."""
+        return max(update.rank for name in names for update in self.updates(name).values())
 
     def alone(self, name: str) -> Deltas:
         """One LoRA as dense differences."""
@@ -151,9 +158,8 @@ class Testbed:
             points, velocities = self.walk(prompts, noise)
         sigmas = torch.linspace(1, 0, STEPS + 1)[:-1].repeat_interleave(len(noise))
         found = Reference(torch.cat(points[:-1]), sigmas, torch.cat(velocities), points[-1], 1.0, 1.0)
-        with self.patched({}):
-            velocity, image = self._error(name, found, True)
-        return Reference(found.points, sigmas, found.velocities, found.images, velocity, image)
+        velocity, image = self._error(name, found, True)  # of the base model, as it is
+        return replace(found, velocity_scale=velocity, image_scale=image)
 
     def _start(self, name: str) -> tuple[list[str], Tensor]:
         prompts = self.subjects[name].held_out
