@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .patches import load_into
+from .lora_model import load_into
 from .sockets import CATEGORY, LoraModelSocket, schema
 
 

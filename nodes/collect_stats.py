@@ -15,10 +15,13 @@ from server import PromptServer
 
 from ..ssr_core import Calibration, LoraError, SSRError
 from ..ssr_core.collect import CONTEXT
-from .calibrate import REFINE, TOKENS, Sampling, calibrate, plan
+from ..ssr_core.expansion import RANK
+from .calibrate import calibrate
 from .patches import read_task
 from .provenance import describe
+from .runs import LAST, REFINE, TOKENS, Sampling, plan
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, schema
+from .text_encoder import calibrate_text
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -111,6 +114,48 @@ class SSRCollectStats(io.ComfyNode):
                     "few thousand change nothing but the time; 0 counts all.",
                     **ADVANCED,
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, if LoRAs change it, too: then these parts are routed as well, with the "
+                    "texts from SSR Prompts. Without it they are summed.",
+                ),
+                io.Int.Input(
+                    "expand_rank",
+                    default=RANK,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    tooltip="Adapters that are no plain LoRA (LoHa, LoKr, DoRA, full differences) become LoRAs of at "
+                    "most this rank; the report tells what that keeps of them.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "start_at_step",
+                    default=0,
+                    min=0,
+                    max=LAST,
+                    optional=True,
+                    tooltip="The first step that this model samples, as in KSampler (Advanced): for Wan 2.2's "
+                    "low-noise expert. The steps before it are not measured.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "end_at_step",
+                    default=LAST,
+                    min=1,
+                    max=LAST,
+                    optional=True,
+                    tooltip="The step at which this model hands over, as in KSampler (Advanced): for Wan 2.2's "
+                    "high-noise expert.",
+                    **ADVANCED,
+                ),
+                io.Model.Input(
+                    "model_before",
+                    optional=True,
+                    tooltip="Samples the steps before start_at_step: Wan 2.2's high-noise expert, with its own merge "
+                    "on it. Without it the model itself does.",
+                ),
             ],
             outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
             hidden=[io.Hidden.unique_id],
@@ -131,25 +176,39 @@ class SSRCollectStats(io.ComfyNode):
         negative: list[Any] | None = None,
         cfg: float = 1.0,
         tokens: int = TOKENS,
+        clip: Any = None,
+        expand_rank: int = RANK,
+        start_at_step: int = 0,
+        end_at_step: int = LAST,
+        model_before: Any = None,
     ) -> io.NodeOutput:
         started = time.perf_counter()
         if not tasks:
             raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
-        loaded = [read_task(task, model.model) for task in tasks]
-        sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens)
+        loras = [read_task(task, model, clip, expand_rank) for task in tasks]
+        sampling = Sampling(
+            *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
+        )
+        if sampling.seen < 1:
+            raise SSRError(
+                f"SSR Collect Stats: there is no step from start_at_step {start_at_step} to end_at_step {end_at_step} "
+                f"among {steps} steps."
+            )
         if cfg > 1 and not negative:
             raise SSRError("SSR Collect Stats: cfg needs a negative prompt; connect one, or set cfg to 1.")
-        runs = plan(tasks, sampling, context, refine)
+        encoded, text = calibrate_text(clip, loras)
+        runs = plan(encoded, sampling, context, refine)
         calibration, silent = calibrate(
-            *(model, loaded, runs, latent, context),
+            *(model, loras, runs, latent, context),
             on_step=_progress(model, sum(run.steps for run in runs)),
             on_run=lambda number: _say(
                 cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
             ),
+            before=model_before,
         )
         _say(cls, _summary(calibration, tasks, time.perf_counter() - started))
-        provenance = describe(model, loaded, tasks, sampling, context, refine)
-        return io.NodeOutput(Stats(calibration, tuple(one.carried for one in loaded), silent, provenance))
+        provenance = describe(model, loras, sampling, context, refine)
+        return io.NodeOutput(Stats(tuple(loras), calibration, text, clip is not None, silent, provenance))
 
 
 def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:

@@ -1,105 +1,191 @@
-"""ComfyUI's LoRA patches to updates by site and back. Which key means which weight is ComfyUI's to say, not ours."""
+"""A LoRA file as ComfyUI reads it, parted into what is routed and what is summed, every tensor accounted for.
+
+Which key means which weight is ComfyUI's to say, not ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_management
 import comfy.utils
-import comfy.weight_adapter
 import torch
 from torch import Tensor
 
-from ..ssr_core import Lora, LoraError, LowRankUpdate, ModelMismatchError, Site, concatenate, join_rows, read_pairs
-from ..ssr_core.files import find_pairs, sha256, to_state_dict
-from .sockets import Carried, Task
+from ..ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Site
+from ..ssr_core.expansion import RANK
+from ..ssr_core.files import find_pairs, sha256
+from ..ssr_core.site import sum_by_site
+from . import adapters
+from .account import Account, Expanded, Fate
+from .network import NamesOnly, Network
+from .sockets import LoadedLora, Part, Patch, Task
 
-_TEXT_ENCODER = ("lora_te", "text_encoder", "lora_prior_te", "clip_l.", "clip_g.", "conditioner.", "te1.", "te2.")
+# what follows a weight's name in the keys that ComfyUI reads: comfy.lora.load_lora and comfy.weight_adapter
+_ADAPTER = re.compile(
+    r"(?P<name>.+?)("
+    r"\.lora_(up|down|mid)\.weight|\.lora_[AB](\.default)?(\.weight)?|(_lora|\.lora|\.lora_linear_layer)\.(up|down)\.weight"
+    r"|\.(hada|lokr)_\w+|\.[ab][12]\.weight|\.oft_blocks|\.rescale"
+    r"|\.(alpha|dora_scale|reshape_weight|diff|diff_b|w_norm|b_norm|set_weight))"
+)
+TEXT_ENCODER = ("lora_te", "text_encoder", "lora_prior_te", "clip_l.", "clip_g.", "conditioner.", "te1.", "te2.")
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedLora:
-    """A LoRA as ComfyUI reads it, parted into what is routed and what is carried."""
+def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
+    """Read the LoRA of a task for `model`, a ModelPatcher, and `clip` if there is one.
 
-    lora: Lora
-    carried: Carried
-
-
-def read_task(task: Task, model: torch.nn.Module) -> LoadedLora:
-    """Read the LoRA of a task for `model` (a comfy BaseModel).
+    Args:
+        rank: the highest of what adapters other than plain LoRA are expanded to.
 
     Raises:
-        LoraError: damaged, half a pair, or an adapter that is not plain LoRA.
+        LoraError: damaged, half a pair, or an adapter that cannot be merged.
         ModelMismatchError: nothing in it names a weight of this model, or sizes differ.
     """
     tensors, source = _read(task)
+    if not tensors:
+        raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
     tensors = comfy.lora_convert.convert_lora(tensors)
-    key_map = comfy.lora.model_lora_keys_unet(model, {})
+    network = Network.of_model(model)
+    encoder = _names_only(tensors, network) if clip is None else Network.of_text_encoder(clip)
+    known = network.key_map.keys() | encoder.key_map.keys()
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
-    find_pairs({key: value for key, value in tensors.items() if _names_weight(key, key_map)}, task.name)
-    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
-    loaded = _loaded_keys(tensors, patches, key_map)
-    text = {key: value for key, value in tensors.items() if key not in loaded and key.startswith(_TEXT_ENCODER)}
-    if not patches:
-        raise ModelMismatchError(_no_match(task.name, tensors, text, model))
-    unmatched = tuple(key for key in tensors if key not in loaded and key not in text)
-    updates = dict(_updates(patches, model, task.name))
-    others = {key: patch for key, patch in patches.items() if isinstance(patch, tuple)}
-    lora = Lora(task.name, updates, task.strength, source)
-    return LoadedLora(lora, Carried(_text_pairs(text, task.name), others, unmatched))
+    find_pairs({key: value for key, value in tensors.items() if _owner(key, known)}, task.name)
+    parts = [_Reader(task.name, tensors, one, rank).read() for one in (network, encoder)]
+    fates = _fates(tensors, parts, clip is None)
+    loaded = LoadedLora(task, source, parts[0].part, parts[1].part, Account(fates, tuple(_expanded(parts))))
+    _refuse_what_does_nothing(loaded, network, clip)
+    return loaded
 
 
-def lora_state_dict(
-    updates: Mapping[Site, LowRankUpdate], carried: Sequence[Carried], strengths: Sequence[float]
-) -> dict[str, Tensor]:
-    """The merged LoRA in the generic spelling that ComfyUI loads for every model."""
-    modules = join_rows(updates)
-    dense = _sum_of_differences(carried, strengths)
-    state: dict[str, Tensor] = {}
-    for key in [key for key in dense if key.removesuffix(".weight") in modules]:
-        # ComfyUI keeps one patch per weight and file: a full difference takes the low-rank update in
-        dense[key] = dense[key] + modules.pop(key.removesuffix(".weight")).dense().reshape(dense[key].shape)
-    whole = {Site.whole(module, update.out_features): update for module, update in modules.items()}
-    state.update(to_state_dict(whole, prefix=""))
-    state.update({_difference_key(key): value.contiguous() for key, value in dense.items()})
-    state.update(_settings(carried))
-    text = _sum_of_text(carried, strengths)
-    state.update(
-        to_state_dict({Site.whole(key, update.out_features): update for key, update in text.items()}, prefix="")
-    )
-    return state
+@dataclass(frozen=True)
+class Place:
+    """Where a patch goes: a weight, or a slice of it."""
+
+    key: str
+    shape: tuple[int, ...]  # of the whole weight
+    axis: int = 0
+    start: int = 0
+    length: int = 0
+    rows: adapters.Rows | None = None  # a permutation of output rows
+
+    @classmethod
+    def of(cls, key: Any, network: Network | NamesOnly) -> Place | None:
+        """None where the network has no such weight."""
+        name, offset, rows = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+        if not isinstance(name, str) or name not in network:
+            return None
+        shape = network.shape(name)
+        axis, start, length = offset or (0, 0, shape[0] if shape else 0)
+        return cls(name, shape, axis, start, length, rows)
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        return tuple(self.length if i == self.axis else n for i, n in enumerate(self.shape))
+
+    def site(self, out: int) -> Site:
+        module, total = self.key.removesuffix(".weight"), self.shape[0] if self.shape else out
+        return Site(module, self.start, self.start + out, total) if self.axis == 0 else Site.whole(module, total)
+
+    def narrowed(self, weight: Tensor) -> Tensor:
+        return weight.narrow(self.axis, self.start, self.length)
+
+    def widened(self, update: LowRankUpdate) -> LowRankUpdate:
+        """An update of some input columns as one of all of them."""
+        if self.axis == 0:
+            return update
+        down = update.down.new_zeros(update.rank, *self.shape[1:])
+        down.narrow(self.axis, self.start, self.length).copy_(update.down)
+        return LowRankUpdate(down, update.up)
+
+    def embedded(self, difference: Tensor) -> Tensor:
+        """A difference of the slice as one of the whole weight."""
+        if not self.shape or tuple(difference.shape) == self.shape:
+            return difference
+        whole = difference.new_zeros(self.shape)
+        self.narrowed(whole).copy_(difference)
+        return whole
 
 
-def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: float) -> tuple[Any, Any]:
-    """Clones of `model` and `clip` (may be None) patched with a LORA_MODEL.
+class _Reader:
+    """Takes apart what one network gets of one file."""
 
-    Raises:
-        ModelMismatchError: a key names no weight of either.
-    """
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
-    state = comfy.lora_convert.convert_lora(dict(state))
-    patches = comfy.lora.load_lora(state, key_map, log_missing=False)
-    loaded = _loaded_keys(state, patches, key_map)
-    lost = [key for key in state if key not in loaded]
-    if clip is None:
-        lost = [key for key in lost if not key.startswith(_TEXT_ENCODER)]
-    model, clip = model.clone(), clip.clone() if clip is not None else None
-    taken = set(model.add_patches(patches, strength))
-    if clip is not None:
-        taken |= set(clip.add_patches(patches, strength))
-    lost += [str(key) for key in patches if key not in taken]
-    if lost or not patches:
-        raise ModelMismatchError(
-            f"This LoRA does not fit the model: {len(lost) or 'all'} of its {len(state)} tensors name no weight of "
-            f"{type(model.model).__name__}{f', such as {lost[0]!r}' if lost else ''}. Use the base it was merged for."
-        )
-    return model, clip
+    def __init__(self, name: str, tensors: Mapping[str, Tensor], network: Network | NamesOnly, rank: int) -> None:
+        self.name, self.tensors, self.network, self.rank = name, tensors, network, rank
+        self.pieces: list[tuple[Site, LowRankUpdate]] = []
+        self.patches: dict[str, Patch] = {}
+        self.expanded: list[Expanded] = []
+        self.fates: dict[int, Fate] = {}  # by the identity of the tensors that ComfyUI took
+        self.part = Part({}, {})
+
+    def read(self) -> _Reader:
+        try:
+            patches = comfy.lora.load_lora(self.tensors, self.network.key_map, log_missing=False)
+        except KeyError as error:
+            raise LoraError(f"{self.name} has no {error}, which an adapter in it needs; it is incomplete.") from error
+        except (RuntimeError, ValueError) as error:  # an alpha that is not one number
+            raise LoraError(f"{self.name} cannot be read ({error}); the file is damaged.") from error
+        for key, patch in patches.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            place = Place.of(key, self.network)
+            fate = Fate.UNMATCHED if place is None else self._take(place, patch)
+            self.fates.update((id(value), fate) for value in _tensors(patch))
+        self.part = Part(sum_by_site(self.pieces), self.patches)
+        return self
+
+    def _take(self, place: Place, patch: Any) -> Fate:
+        where = f"{self.name}: {place.key}"
+        if isinstance(patch, tuple) and patch[0] == "set":
+            if place.shape and place.slice_shape != place.shape:
+                raise LoraError(f"{where} replaces a slice of a weight, which cannot be merged; leave this LoRA out.")
+            self.patches[place.key] = patch
+            return Fate.REPLACES
+        target = self._target(place, adapters.kind(patch), where)
+        flat = isinstance(patch, tuple) and patch[1][0].ndim < 2
+        if flat or not self.network.can_be_routed(place.key):
+            return self._sum(place, adapters.dense(patch, target).cpu())
+        found = adapters.low_rank(patch, target, self.rank)
+        update = self._fitted(place, found.update, where)
+        if not (update.up.any() and update.down.any()):
+            return Fate.DORMANT
+        self.pieces.append((place.site(update.out_features), update))
+        if (kind := adapters.kind(patch)) == "LoRA":
+            return Fate.ROUTED
+        size = float(update.dense().square().sum()) / max(found.kept, 1e-12)
+        layer = place.key.removesuffix(".weight")
+        self.expanded.append(Expanded(kind, layer, update.rank, found.kept, size, adapters.needs_base(patch)))
+        return Fate.EXPANDED
+
+    def _target(self, place: Place, kind: str, where: str) -> adapters.Target:
+        def base() -> Tensor:
+            return place.narrowed(self.network.weight(place.key, f"{where} is a {kind}, which")).clone()
+
+        return adapters.Target(place.slice_shape, place.rows, base, self.network.device, where)
+
+    def _fitted(self, place: Place, update: LowRankUpdate, where: str) -> LowRankUpdate:
+        if not place.shape:
+            return update
+        out, *inputs = place.slice_shape
+        if update.out_features != out or update.down[0].numel() != torch.Size(inputs).numel():
+            raise ModelMismatchError(
+                f"{where} has {out} outputs and inputs {tuple(inputs)} in this model, but {update.out_features} "
+                f"and {update.in_shape} in the LoRA; it was trained for another variant of the base."
+            )
+        return place.widened(update.with_in_shape(inputs, where))
+
+    def _sum(self, place: Place, difference: Tensor) -> Fate:
+        if not difference.any():
+            return Fate.DORMANT
+        whole = place.embedded(difference)
+        if place.key in self.patches:
+            whole = whole + self.patches[place.key][1][0]
+        self.patches[place.key] = ("diff", (whole,))
+        return Fate.SUMMED
 
 
 def _read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,108 +203,65 @@ def _read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
 _KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.trigger_phrase", "modelspec.title")
 
 
-def _loaded_keys(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any], key_map: Mapping[str, Any]) -> set[str]:
-    """The keys of a file that ComfyUI made patches of."""
-    ends = (".alpha", ".dora_scale", ".w_norm", ".b_norm", ".diff", ".diff_b", ".set_weight")
-    loaded = {name + end for name in key_map for end in ends if name + end in tensors}
-    return loaded.union(*(patch.loaded_keys for patch in patches.values() if not isinstance(patch, tuple)))
+def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:
+    """The text encoder's part of a file, by its own names: nobody knows here what they mean."""
+    keys = [key for key in tensors if key.startswith(TEXT_ENCODER) and not _owner(key, network.key_map)]
+    found = (_ADAPTER.fullmatch(key) for key in keys)
+    return NamesOnly({match["name"]: f"{match['name']}.weight" for match in found if match})
 
 
-def _names_weight(key: str, names: Container[str]) -> bool:
-    """Whether some leading part of `key` is a name that ComfyUI's key map knows."""
-    while True:
-        if key in names or key.removesuffix("_lora") in names:
-            return True
-        key, dot, _ = key.rpartition(".")
-        if not dot:
-            return False
+def _owner(key: str, names: Any) -> str:
+    """The longest leading part of `key` that is one of `names`, or nothing."""
+    return next((name for name in _leading(key) if name in names), "")
 
 
-def _no_match(name: str, tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], model: torch.nn.Module) -> str:
-    if tensors and len(text) == len(tensors):
-        return f"{name} changes only the text encoder; there is nothing to route. Load it with Load LoRA instead."
-    return (
-        f"{name} does not fit this model ({type(model).__name__}): none of its {len(tensors)} tensors matched; "
+def _leading(key: str) -> Iterator[str]:
+    """Everything that `key` may start with as the name of a weight, longest first."""
+    while key:
+        yield key
+        if key.endswith("_lora"):
+            yield key.removesuffix("_lora")
+        key = key.rpartition(".")[0]
+
+
+def _tensors(patch: Any) -> Iterator[Tensor]:
+    held = patch[1] if isinstance(patch, tuple) else patch.weights
+    return (value for value in held if isinstance(value, Tensor))
+
+
+def _fates(tensors: Mapping[str, Tensor], readers: list[_Reader], summed_text: bool) -> dict[str, Fate]:
+    """Of every tensor of the file. Those that ComfyUI only read a number from share the fate of their weight's."""
+    taken = readers[0].fates | {
+        key: Fate.TEXT if summed_text and fate is not Fate.DORMANT else fate for key, fate in readers[1].fates.items()
+    }
+    known = readers[0].network.key_map.keys() | readers[1].network.key_map.keys()
+    owners = {key: _owner(key, known) for key in tensors}
+    of_weight = {owners[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
+    fates = {}
+    for key, value in tensors.items():
+        number = key.endswith((".alpha", ".reshape_weight"))
+        # of a kind that ComfyUI reads, so only another one can have taken its place
+        untaken = Fate.OVERWRITTEN if owners[key] and _ADAPTER.fullmatch(key) else Fate.UNMATCHED
+        fates[key] = taken.get(id(value)) or (of_weight.get(owners[key]) if number else None) or untaken
+    return fates
+
+
+def _expanded(readers: list[_Reader]) -> Iterator[Expanded]:
+    for reader in readers:
+        yield from reader.expanded
+
+
+def _refuse_what_does_nothing(loaded: LoadedLora, network: Network, clip: Any) -> None:
+    name, account = loaded.task.name, loaded.account
+    if any(part.updates or part.patches for part in (loaded.model, loaded.text)):
+        if clip is None and not (loaded.model.updates or loaded.model.patches):
+            raise ModelMismatchError(
+                f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
+            )
+        return
+    if set(account.fates.values()) == {Fate.DORMANT}:
+        raise LoraError(f"{name} changes nothing: all its updates are zero, or their alpha is. Leave it out.")
+    raise ModelMismatchError(
+        f"{name} does not fit this model ({network.name}): none of its {len(account.fates)} tensors matched; "
         "was it trained for another base?"
     )
-
-
-def _updates(patches: Mapping[Any, Any], model: torch.nn.Module, name: str) -> Iterator[tuple[Site, LowRankUpdate]]:
-    for key, adapter in patches.items():
-        if isinstance(adapter, tuple):
-            continue
-        weight_key, offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
-        where = f"{name}: {weight_key}"
-        update = _low_rank(adapter, where)
-        if function is not None:  # a permutation of output rows, such as swapped scale and shift
-            update = LowRankUpdate(update.down, function(update.up))
-        shape = tuple(comfy.utils.get_attr(model, weight_key).shape)
-        dim, start, length = offset or (0, 0, shape[0])
-        if dim != 0:
-            raise LoraError(f"{where} changes a slice of input columns, which cannot be routed; leave this LoRA out.")
-        if update.out_features != length or update.down[0].numel() != torch.Size(shape[1:]).numel():
-            raise ModelMismatchError(
-                f"{where} has {length} outputs and inputs {tuple(shape[1:])} in this model, but {update.out_features} "
-                f"and {update.in_shape} in the LoRA; it was trained for another variant of the base."
-            )
-        site = Site(weight_key.removesuffix(".weight"), start, start + length, shape[0])
-        yield site, update.with_in_shape(shape[1:], where)
-
-
-def _low_rank(adapter: Any, where: str) -> LowRankUpdate:
-    if not isinstance(adapter, comfy.weight_adapter.LoRAAdapter):
-        kind = getattr(adapter, "name", type(adapter).__name__)
-        raise LoraError(f"{where} is a {kind} adapter; only plain LoRA can be routed. Convert the file to LoRA first.")
-    up, down, alpha, mid, dora_scale, reshape = adapter.weights
-    if dora_scale is not None:
-        raise LoraError(f"{where} is a DoRA (it has a dora_scale); only plain LoRA can be routed.")
-    if reshape is not None:
-        raise LoraError(f"{where} reshapes the weight of the base; such a LoRA cannot be merged.")
-    return LowRankUpdate.from_factors(down, up, alpha, mid, where)
-
-
-def _text_pairs(text: Mapping[str, Tensor], name: str) -> dict[str, LowRankUpdate]:
-    pairs, rest = read_pairs(text, name)
-    if rest:
-        raise LoraError(f"{name}: {rest[0]} is no plain LoRA of a text encoder; only plain LoRA can be merged.")
-    return pairs
-
-
-def _sum_of_text(carried: Sequence[Carried], strengths: Sequence[float]) -> dict[str, LowRankUpdate]:
-    parts: dict[str, list[LowRankUpdate]] = {}
-    for part, strength in zip(carried, strengths, strict=True):
-        for key, update in part.text_encoder.items():
-            parts.setdefault(key, []).append(update.scaled(strength))
-    return {key: concatenate(updates) for key, updates in parts.items()}
-
-
-def _sum_of_differences(carried: Sequence[Carried], strengths: Sequence[float]) -> dict[str, Tensor]:
-    """Full differences by weight key, summed at their strengths."""
-    total: dict[str, Tensor] = {}
-    for part, strength in zip(carried, strengths, strict=True):
-        for key, (kind, values) in part.patches.items():
-            if kind == "diff":
-                if not isinstance(key, str):
-                    raise LoraError(f"A full difference of a slice ({key[0]}) cannot be carried; leave this LoRA out.")
-                total[key] = total.get(key, 0) + values[0].float() * strength
-    return total
-
-
-def _settings(carried: Sequence[Carried]) -> dict[str, Tensor]:
-    """Weights that a LoRA replaces outright; two LoRAs cannot both have their way."""
-    state: dict[str, Tensor] = {}
-    for part in carried:
-        for key, (kind, values) in part.patches.items():
-            if kind != "set":
-                continue
-            name = f"{key.removesuffix('.weight')}.set_weight"
-            if name in state and not torch.equal(state[name], values[0]):
-                raise LoraError(f"Two LoRAs replace {key} with different values; leave one of them out.")
-            state[name] = values[0].clone().contiguous()
-    return state
-
-
-def _difference_key(weight_key: str) -> str:
-    if weight_key.endswith(".bias"):
-        return f"{weight_key.removesuffix('.bias')}.diff_b"
-    return f"{weight_key.removesuffix('.weight')}.diff"

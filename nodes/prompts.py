@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..ssr_core import SSRError
 from .sockets import CATEGORY, schema
+from .text_encoder import encode
 
 
 class SSRPrompts(io.ComfyNode):
@@ -38,5 +39,4 @@ class SSRPrompts(io.ComfyNode):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise SSRError("SSR Prompts: there is no prompt; write one per line.")
-        prompts = [entry for line in lines for entry in clip.encode_from_tokens_scheduled(clip.tokenize(line))]
-        return io.NodeOutput(prompts)
+        return io.NodeOutput([entry for line in lines for entry in encode(clip, line)])

@@ -15,9 +15,8 @@ from typing import Any
 import comfy.model_base
 
 from ..ssr_core import MergeSettings, Report
-from .calibrate import Sampling
-from .patches import LoadedLora
-from .sockets import Task
+from .runs import Sampling
+from .sockets import LoadedLora
 
 _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux may be dev or schnell, SD3 of any size
     ("SDXLRefiner", "stable-diffusion-xl-v1-refiner/lora"),
@@ -25,13 +24,10 @@ _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux ma
 )
 
 
-def describe(
-    model: Any, loaded: Sequence[LoadedLora], tasks: Sequence[Task], sampling: Sampling, context: int, refine: int
-) -> dict[str, str]:
+def describe(model: Any, loras: Sequence[LoadedLora], sampling: Sampling, context: int, refine: int) -> dict[str, str]:
     """What is known once the statistics are collected."""
     sources = [
-        {**one.lora.source, "strength": task.strength, "prompts": len(task.conditioning)}
-        for one, task in zip(loaded, tasks, strict=True)
+        {**lora.source, "strength": lora.task.strength, "prompts": len(lora.task.conditioning)} for lora in loras
     ]
     choices = {name: value for name, value in vars(sampling).items() if name != "negative"}
     metadata = {

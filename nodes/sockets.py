@@ -5,19 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ssr_core import Calibration, LowRankUpdate
+from ..ssr_core import Calibration, Lora
+from ..ssr_core.site import Updates
+from .account import Account
 
 CATEGORY = "SSR Merge"
 
 SSRTasks = io.Custom("SSR_TASKS")
 SSRStats = io.Custom("SSR_STATS")
 LoraModelSocket = io.Custom("LORA_MODEL")
+LoraStackSocket = io.Custom("LORA_STACK")
+
+Patch = tuple[str, tuple[Tensor, ...]]  # ComfyUI's ("diff", (tensor,)) or ("set", (tensor,))
 
 
 def schema(**fields: Any) -> io.Schema:
@@ -41,23 +47,48 @@ class Task:
     strength: float
     conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
     latent: Mapping[str, Any] | None = None  # ComfyUI's LATENT of images of its own, instead of sampled ones
+    clip_strength: float | None = None  # None = `strength`
+
+    @property
+    def text_strength(self) -> float:
+        return self.strength if self.clip_strength is None else self.clip_strength
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
-    """The parts of one LoRA that are not routed: the result holds their plain, strength-weighted sum."""
+class Part:
+    """What a LoRA changes in one network, the diffusion model or the text encoder, at strength 1."""
 
-    text_encoder: Mapping[str, LowRankUpdate]  # by key prefix, as in the file
-    patches: Mapping[Any, tuple[str, tuple[Tensor, ...]]]  # ComfyUI's ("diff", ...) and ("set", ...) by weight key
-    unmatched: tuple[str, ...]  # keys of the file that name nothing in this model
+    updates: Updates  # low-rank; sites carry the network's module names
+    patches: Mapping[str, Patch]  # the rest, by weight key: active while calibrating, then summed at its strength
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedLora:
+    """A LoRA as ComfyUI reads it for a model."""
+
+    task: Task
+    source: Mapping[str, str]  # file, sha256, trigger words, ...
+    model: Part
+    text: Part
+    account: Account
+
+    @cached_property
+    def lora(self) -> Lora:
+        return Lora(self.task.name, self.model.updates, self.task.strength, self.source)
+
+    @cached_property
+    def text_lora(self) -> Lora:
+        return Lora(self.task.name, self.text.updates, self.task.text_strength, self.source)
 
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """All that SSR Solve needs: what was measured, what is carried along, and where it comes from."""
+    """All that SSR Solve needs: the LoRAs, what was measured, and where it all comes from."""
 
+    loras: tuple[LoadedLora, ...]  # (K,)
     calibration: Calibration
-    carried: tuple[Carried, ...]  # (K,)
+    text: Calibration | None  # of the text encoder; None: nothing was measured there, and its parts are summed
+    with_clip: bool  # whether the text encoder was there, so that the names in `loras` are its own
     silent: tuple[str, ...]  # modules that a LoRA changes and that never ran
     provenance: Mapping[str, str]  # metadata for the file that is saved in the end
 

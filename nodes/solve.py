@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..ssr_core import MergeSettings, Report, Ridge, SSRError, merge
-from .patches import lora_state_dict
+from ..ssr_core import Merge, MergeSettings, Report, Ridge, SSRError, check_rules, merge, parse_rules, treatment_of
+from .lora_model import state_dict
+from .network import GENERIC
 from .provenance import with_settings
-from .sockets import CATEGORY, Carried, LoraModel, LoraModelSocket, SSRStats, Stats, schema
+from .sockets import ADVANCED, CATEGORY, LoraModel, LoraModelSocket, SSRStats, Stats, schema
+from .text_encoder import summed
 
 AUTO = 0.99  # share of each layer's effect that an automatic rank keeps
 
@@ -62,6 +66,17 @@ class SSRSolve(io.ComfyNode):
                     tooltip="Strength of each LoRA in the merge, in their order, such as 1, 0.8, 1. "
                     "Empty: as given in SSR Add LoRA.",
                 ),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    optional=True,
+                    tooltip="Rules for layers, one per line; later ones overrule earlier ones. keep: routed, as all "
+                    "are without a rule. stack: summed, not routed. drop: left out. Then what: all, attention, mlp, "
+                    "modulation, text, image, text_encoder, or part of a name, such as drop single_blocks.0-9.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 LoraModelSocket.Output(display_name="lora", tooltip="The merged LoRA."),
@@ -70,13 +85,17 @@ class SSRSolve(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, stats: Stats, ridge: float, rank: int, routing: float, strengths: str) -> io.NodeOutput:
+    def execute(
+        cls, stats: Stats, ridge: float, rank: int, routing: float, strengths: str, layers: str = ""
+    ) -> io.NodeOutput:
         settings = MergeSettings(
             ridge=Ridge(relative=ridge),
             rank=AUTO if rank < 0 else rank,
             routing=routing,
             strengths=_numbers(strengths) or None,
+            rules=parse_rules(layers),
         )
+        check_rules(settings.rules, _modules(stats))
         bar = comfy.utils.ProgressBar(len(stats.calibration.subspaces))
 
         def on_site(done: int, total: int) -> None:
@@ -84,9 +103,41 @@ class SSRSolve(io.ComfyNode):
             bar.update_absolute(done + 1, total)
 
         merged = merge(stats.calibration, settings, on_site)
-        report = merged.report.with_notes(*_notes(stats, merged.report))
-        tensors = lora_state_dict(merged.updates, stats.carried, report.strengths)
-        return io.NodeOutput(LoraModel(tensors, with_settings(stats.provenance, settings, report)), str(report))
+        text, text_strengths = _merged_text(stats, settings, merged.report.strengths)
+        report = merged.report.with_notes(*_notes(stats, merged.report), *_text_notes(text))
+        return io.NodeOutput(
+            LoraModel(
+                _tensors(stats, settings, merged, text, text_strengths),
+                with_settings(stats.provenance, settings, report),
+            ),
+            str(report),
+        )
+
+
+def _tensors(
+    stats: Stats, settings: MergeSettings, merged: Merge, text: Merge | None, text_strengths: Sequence[float]
+) -> dict[str, Tensor]:
+    rules = settings.rules
+    tensors = state_dict(merged.updates, [one.model for one in stats.loras], merged.report.strengths, rules, "")
+    encoder = text.updates if text else summed(stats.loras, text_strengths)
+    encoder = {site: update for site, update in encoder.items() if treatment_of(site.module, rules) != "drop"}
+    prefix = GENERIC if stats.with_clip else ""
+    tensors |= state_dict(encoder, [one.text for one in stats.loras], text_strengths, rules, prefix)
+    if not tensors:
+        raise SSRError("SSR Solve: the rules for layers leave out every layer, so nothing is left to merge.")
+    return tensors
+
+
+def _modules(stats: Stats) -> set[str]:
+    """Everything that a rule can name."""
+    text = GENERIC if stats.with_clip else ""
+    modules = {site.module for site in stats.calibration.subspaces}
+    modules |= {site.module for site in stats.text.subspaces} if stats.text else set()
+    for lora in stats.loras:
+        modules |= {text + site.module for site in lora.text.updates}
+        modules |= {key.rpartition(".")[0] for key in lora.model.patches}
+        modules |= {text + key.rpartition(".")[0] for key in lora.text.patches}
+    return modules
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -96,27 +147,30 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise SSRError(f"SSR Solve: strengths are {text!r}; give one number per LoRA, such as 1, 0.8, 1.") from error
 
 
+def _merged_text(
+    stats: Stats, settings: MergeSettings, strengths: Sequence[float]
+) -> tuple[Merge | None, tuple[float, ...]]:
+    """The merge of the text encoder's parts, if it was measured, and the strengths of these parts."""
+    ratios = [
+        lora.text_strength / lora.strength if lora.strength else 1.0 for lora in (one.task for one in stats.loras)
+    ]
+    scaled = tuple(strength * ratio for strength, ratio in zip(strengths, ratios, strict=True))
+    if stats.text is None:
+        return None, scaled
+    return merge(stats.text, replace(settings, strengths=scaled)), scaled
+
+
+def _text_notes(text: Merge | None) -> Iterator[str]:
+    if text is not None:
+        yield f"\nText encoder: {text.report}\n"
+
+
 def _notes(stats: Stats, report: Report) -> Iterator[str]:
-    """What the numbers of the report do not show: parts that were not routed."""
-    for label, counts in (
-        ("text encoder layers", _count(stats.carried, lambda one: one.text_encoder)),
-        ("norm, bias and full-weight differences", _count(stats.carried, lambda one: one.patches)),
-    ):
-        if any(counts):
-            yield f"Summed at their strengths, not routed: {label} ({_by_name(report.names, counts)})."
-    for name, one in zip(report.names, stats.carried, strict=True):
-        if one.unmatched:
-            yield f"{name}: {len(one.unmatched)} tensors name nothing in this model, such as {one.unmatched[0]!r}."
+    """What the numbers of the report do not show: what became of every tensor, and parts that were not routed."""
+    for name, lora in zip(report.names, stats.loras, strict=True):
+        yield from lora.account.lines(name)
     corrections = stats.calibration.corrections.values()
     if any(correction.strengths != report.strengths for correction in corrections):
         yield "The refinement was measured at other strengths and is left out; collect at these to have it."
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
-
-
-def _count(carried: Sequence[Carried], part: Callable[[Carried], Sized]) -> list[int]:
-    return [len(part(one)) for one in carried]
-
-
-def _by_name(names: Sequence[str], counts: Sequence[int]) -> str:
-    return ", ".join(f"{count} of {name}" for name, count in zip(names, counts, strict=True) if count)

@@ -23,6 +23,7 @@ from .collect import StatisticsCollector
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
 from .lora import Lora
 from .low_rank_update import LowRankUpdate, concatenate
@@ -31,6 +32,7 @@ from .rank import truncate
 from .recording import Recording
 from .refinement import Refinement
 from .router import Ridge, normal_equations, route, solve_router
+from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
 from .subspace import Subspace, join_loras
 from .sufficient_statistics import Accumulator, SufficientStatistics
@@ -39,6 +41,7 @@ __all__ = [
     "Accumulator",
     "Calibration",
     "Correction",
+    "Expansion",
     "Lora",
     "LoraError",
     "LowRankUpdate",
@@ -50,6 +53,7 @@ __all__ = [
     "Report",
     "Residual",
     "Ridge",
+    "Rule",
     "SSRError",
     "Site",
     "SiteReport",
@@ -59,13 +63,18 @@ __all__ = [
     "Subspace",
     "SufficientStatistics",
     "align_rows",
+    "check_rules",
     "concatenate",
+    "hadamard",
     "join_loras",
     "join_rows",
+    "kronecker",
     "load_lora",
     "load_statistics",
     "merge",
+    "nearest",
     "normal_equations",
+    "parse_rules",
     "read_pairs",
     "residuals",
     "route",
@@ -73,5 +82,6 @@ __all__ = [
     "save_statistics",
     "solve_router",
     "to_state_dict",
+    "treatment_of",
     "truncate",
 ]

@@ -126,7 +126,7 @@ class Report:
         return sum(tails) / len(tails) if tails else math.nan
 
     def worse_than_stack(self) -> tuple[SiteReport, ...]:
-        return tuple(site for site in self.routed if site.error("merge") > site.error("stack"))
+        return tuple(site for site in self.routed if site.rank and site.error("merge") > site.error("stack"))
 
     def short_of_tokens(self) -> tuple[SiteReport, ...]:
         """Sites with fewer tokens than joint rank: the ridge decides there more than the data."""
@@ -157,6 +157,8 @@ class Report:
                 f"{_count(short)} saw fewer tokens than their joint rank, so the ridge decides there more than the "
                 f"data: {_some(short)}. More steps or prompts help."
             )
+        if dropped := [site for site in self.sites if not site.rank]:
+            remarks.append(f"{_count(dropped)} left out as asked: {_some(dropped)}.")
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
         seen = [count for site in self.routed for count in site.coverage if count]

@@ -17,6 +17,7 @@ from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
 from .rank import isotropic_factor, spread_ranks, truncate
 from .router import Ridge, normal_equations, solve_router, solve_up
+from .selection import Rule, treatment_of
 from .site import Site
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
@@ -35,6 +36,7 @@ class MergeSettings:
     balanced: bool = True  # whether tasks count the same however strong they are and however many tokens they saw
     corrected: bool = True  # whether corrections count, if there are any
     count_absent: bool = True  # whether tokens of a task count where it has no LoRA, to be left alone there
+    rules: tuple[Rule, ...] = ()  # layers that are stacked without routing, or left out
 
     PAPER: ClassVar[MergeSettings]
 
@@ -95,27 +97,34 @@ def merge(
     weights = _weights(calibration, settings)
     corrections = _corrections(calibration, strengths) if settings.corrected and settings.routing else {}
 
-    def merged(site: Site, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:
+    treatments = {site: treatment_of(site.module, settings.rules) for site in calibration.subspaces}
+
+    def merged(site: Site, rank: float) -> tuple[LowRankUpdate, SiteReport]:
         scaled = calibration.subspaces[site].scaled(strengths)
+        if treatments[site] == "drop":
+            return _left_out(site, scaled, measured.get(site))
+        here = replace(settings, rank=rank, routing=0.0 if treatments[site] == "stack" else settings.routing)
         if site not in measured:
-            return _pass_through(site, scaled, settings)
-        return _merge_routed(site, scaled, measured[site], corrections.get(site), weights[site], settings)
+            return _pass_through(site, scaled, here)
+        return _merge_routed(site, scaled, measured[site], corrections.get(site), weights[site], here)
 
     spread = settings.spread and settings.rank >= 1
-    total = len(calibration.subspaces) * (2 if spread else 1)
+    kept = [site for site, treatment in treatments.items() if treatment != "drop"]
+    total = len(calibration.subspaces) + len(kept) * spread
     spectra: dict[Site, tuple[float, ...]] = {}
-    for site in calibration.subspaces if spread else ():
+    for site in kept if spread else ():
         on_site(len(spectra), total)
-        spectra[site] = merged(site, replace(settings, rank=KEEP_ALL))[1].spectrum
+        spectra[site] = merged(site, KEEP_ALL)[1].spectrum
     costs = {
         site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
     }
     ranks = spread_ranks(spectra, costs, int(settings.rank))
     for done, site in enumerate(calibration.subspaces):
         on_site(total - len(calibration.subspaces) + done, total)
-        update, report = merged(site, replace(settings, rank=ranks.get(site, settings.rank)))
-        updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+        update, report = merged(site, ranks.get(site, settings.rank))
         reports.append(report)
+        if update.rank:
+            updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
 
 
@@ -150,6 +159,17 @@ def _merge_routed(
     seen, condition = statistics, equations.condition
     ranks = (scaled.ranks, update.rank)
     return update, SiteReport(site, *ranks, seen.tokens, kept, condition, energy, seen.coverage, spectrum)
+
+
+def _left_out(
+    site: Site, scaled: Subspace, statistics: SufficientStatistics | None
+) -> tuple[LowRankUpdate, SiteReport]:
+    """An update of rank 0, and what is lost with it."""
+    nothing = LowRankUpdate(scaled.down[:0], scaled.up[:, :0])
+    if statistics is None:
+        return nothing, SiteReport(site, scaled.ranks, 0)
+    lost = residuals(statistics, scaled, torch.zeros(scaled.rank, scaled.down.shape[0], dtype=torch.float64))
+    return nothing, SiteReport(site, scaled.ranks, 0, statistics.tokens, lost, coverage=statistics.coverage)
 
 
 def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:

@@ -34,7 +34,7 @@ def _part(name: str) -> ModuleType:
 class nodes:
     """Modules of the pack's nodes."""
 
-    calibrate, patches, sockets = (_part(f"nodes.{name}") for name in ("calibrate", "patches", "sockets"))
+    calibrate, patches, runs, sockets = (_part(f"nodes.{name}") for name in ("calibrate", "patches", "runs", "sockets"))
 
 
 ssr_core = _part("ssr_core")
@@ -44,7 +44,7 @@ LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 
 def collect(patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int) -> Any:
     """What SSR Collect Stats does, without its progress bar."""
-    sampling = nodes.calibrate.Sampling(0, steps, "euler", "simple")
-    runs = nodes.calibrate.plan(tasks, sampling, CONTEXT, nodes.calibrate.REFINE)
+    sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
+    runs = nodes.runs.plan(tasks, sampling, CONTEXT, nodes.runs.REFINE)
     ignore = lambda _: None  # noqa: E731
     return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]

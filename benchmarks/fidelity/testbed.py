@@ -134,7 +134,7 @@ class Testbed:
         return host.nodes.sockets.Task(name, path, 1.0, conditioning)
 
     def loaded(self, task: Any) -> Any:
-        return host.nodes.patches.read_task(task, self.patcher.model)
+        return host.nodes.patches.read_task(task, self.patcher)
 
     def updates(self, name: str) -> Mapping[Any, Any]:
         """One LoRA as the pack reads it."""

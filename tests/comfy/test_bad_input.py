@@ -54,16 +54,51 @@ CASES = {
         lambda: {f"lora_te_x.lora_{half}.weight": torch.ones(2, 2) for half in ("up", "down")},
         "bad changes only the text encoder",
     ),
-    "LoHa": (
-        lambda: {f"{PREFIX}.hada_{name}": torch.ones(128, 128) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-        "bad: .*img_attn.proj.* is a loha adapter",
+    "a LoHa without a part": (
+        lambda: {f"{PREFIX}.hada_{name}": torch.ones(128, 128) for name in ("w1_a", "w1_b", "w2_a")},
+        r"bad has no .*img_attn\.proj\.hada_w2_b.*incomplete",
     ),
-    "LoKr": (
-        lambda: {f"{PREFIX}.lokr_w1": torch.ones(2, 2), f"{PREFIX}.lokr_w2": torch.ones(64, 64)},
-        "bad: .*img_attn.proj.* is a lokr adapter",
+    "a LoHa of another width": (
+        lambda: {f"{PREFIX}.hada_{name}": torch.ones(64, 64) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        r"bad: .*img_attn\.proj.*another variant",
     ),
-    "DoRA": (lambda: damaged(**{f"{PREFIX}.dora_scale": torch.ones(128, 1)}), "bad: .*img_attn.proj.* is a DoRA"),
-    "empty": (dict, "bad does not fit"),
+    "half a LoKr": (
+        lambda: {f"{PREFIX}.lokr_w1": torch.ones(2, 2)},
+        r"bad: .*img_attn\.proj.*LoKr is incomplete",
+    ),
+    "a LoKr of NaN": (
+        lambda: {f"{PREFIX}.lokr_w1": torch.ones(2, 2), f"{PREFIX}.lokr_w2": torch.full((64, 64), torch.nan)},
+        r"bad: .*img_attn\.proj.*(NaN|damaged)",
+    ),
+    "a DoRA whose scale does not fit": (
+        lambda: damaged(**{f"{PREFIX}.dora_scale": torch.ones(77, 1)}),
+        r"bad: .*img_attn\.proj.* DoRA does not fit",
+    ),
+    "an OFT of another width": (
+        lambda: {f"{PREFIX}.oft_blocks": torch.ones(9, 8, 8)},
+        r"bad: .*img_attn\.proj.* OFT does not fit",
+    ),
+    "a difference of another shape": (
+        lambda: {f"{PREFIX}.diff": torch.ones(128, 64)},
+        r"bad: .*img_attn\.proj.*full difference of shape \(128, 64\)",
+    ),
+    "a transposed LoRA": (
+        lambda: damaged(**{DOWN: torch.ones(128, 4), UP: torch.ones(4, 128)}),
+        r"bad: .*img_attn\.proj",
+    ),
+    "alpha of NaN": (lambda: damaged(**{f"{PREFIX}.alpha": torch.tensor(torch.nan)}), r"bad: .*img_attn\.proj.*NaN"),
+    "alpha 0 everywhere": (
+        lambda: {
+            key: torch.tensor(0.0) if key.endswith("alpha") else value
+            for key, value in flux_lora("kohya", alpha=1.0).items()
+        },
+        "bad changes nothing: all its updates are zero, or their alpha is",
+    ),
+    "suffixes nobody knows": (
+        lambda: {f"{PREFIX}.lora_C.weight": torch.ones(2, 2)},
+        "bad does not fit this model .*none of its 1 tensors matched",
+    ),
+    "empty": (dict, "bad holds no tensors"),
 }
 
 

@@ -19,17 +19,17 @@ LORAS = {
 
 def bypass_sample(model, one_task, steps=4):
     """The latent that a calibration run of the task ends with."""
-    calibrate, patches, core = (
-        importlib.import_module(f"ssr_pack.{name}") for name in ("nodes.calibrate", "nodes.patches", "ssr_core")
+    calibrate, sampling, runs, patches, core = (
+        importlib.import_module(f"ssr_pack.{name}")
+        for name in ("nodes.calibrate", "nodes.sampling", "nodes.runs", "nodes.patches", "ssr_core")
     )
-    loaded = patches.read_task(one_task, model.model)
+    loaded = patches.read_task(one_task, model)
     seen = []
     collector = core.StatisticsCollector([loaded.lora])
+    how = runs.Sampling(0, steps, "euler", "simple")
     with torch.inference_mode(), collector.recording(0) as recording:
-        kind = calibrate.Kind.MEASURE
-        run = calibrate.Run(0, one_task, one_task.conditioning, calibrate.Sampling(0, steps, "euler", "simple"), kind)
-        patcher = calibrate._prepared(model, one_task, loaded.carried)
-        calibrate._sample(patcher, run, recording, empty_latent(), seen.append)
+        run = runs.Run(0, one_task, one_task.conditioning, how, runs.Kind.MEASURE)
+        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])

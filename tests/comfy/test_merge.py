@@ -152,7 +152,8 @@ def test_norm_and_bias_differences_are_summed_into_the_result(model, loras):
     lora, report = solve(stats)
     assert torch.allclose(lora[f"{bias}.diff_b"], torch.full((128,), 1.5))
     assert torch.allclose(lora[f"{scale}.query_norm.diff"], torch.full((128,), 0.6))
-    assert "norm, bias and full-weight differences (2 of l0, 1 of l1, 1 of l2)" in report
+    assert "l0, 50 tensors: 48 routed; 2 norm, bias and other differences, summed." in report
+    assert "l2, 33 tensors: 32 routed; 1 change nothing (alpha 0 or all zero)." in report
     stacked = model
     for one in loras:
         stacked = load_lora(stacked, one, 2.0)
@@ -162,7 +163,9 @@ def test_norm_and_bias_differences_are_summed_into_the_result(model, loras):
 def test_tensors_that_name_nothing_in_the_model_are_counted_in_the_report(model, loras):
     loras[0]["diffusion_model.double_blocks.0.img_attn.norm.query_norm.unheard_of"] = torch.ones(1)
     _, report = solve(collect(model, task(loras[0], "a"), task(loras[1], "b")))
-    assert "a: 1 tensors name nothing in this model, such as 'diffusion_model.double_blocks.0.img_attn.norm" in report
+    assert (
+        "1 left out: they name nothing in this model, such as diffusion_model.double_blocks.0.img_attn.norm" in report
+    )
 
 
 def test_a_full_difference_and_a_low_rank_update_of_one_weight_both_survive(model, loras):
@@ -174,7 +177,7 @@ def test_a_full_difference_and_a_low_rank_update_of_one_weight_both_survive(mode
     stats = collect(model, task(loras[0], "a"), task(loras[2], "b"))
     stacked = load_lora(load_lora(model, loras[0]), loras[2])
     lora, _ = solve(stats, routing=0.0)
-    assert f"{key}.lora_A.weight" not in lora
+    assert len(lora[f"{key}.lora_A.weight"]) == 128 + 2
     assert relative(sample(apply(model, lora)), sample(stacked)) < 1e-5
 
 
@@ -188,7 +191,7 @@ def test_text_encoder_parts_are_summed_and_counted(model, loras):
     lora, report = solve(stats)
     dense = lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"]
     assert torch.allclose(dense, 0.5 * ups[0] @ downs[0] / 2 + ups[1] @ downs[1] / 3, atol=1e-5)
-    assert "text encoder layers (1 of a, 1 of b)" in report
+    assert report.count("3 of the text encoder, summed (connect clip to SSR Collect Stats to route them)") == 2
     apply(model, lora)  # without a CLIP these parts wait for one; nothing is lost, nothing raised
 
 

@@ -10,8 +10,9 @@ import ssr_core
 
 FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
-    *("errors", "low_rank_update", "site", "lora", "subspace", "sufficient_statistics", "correction", "calibration"),
-    *("layer", "sketch", "recording", "refinement", "collect", "router", "rank", "diagnostics", "merge", "files"),
+    *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
+    *("correction", "calibration", "layer", "sketch", "recording", "refinement", "collect"),
+    *("router", "rank", "selection", "diagnostics", "merge", "files"),
 )
 OUTSIDE = {"torch", "safetensors"}
 

@@ -1,0 +1,119 @@
+"""The text encoder's part: prompts encoded with each LoRA active on it, its layers measured as the model's are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import comfy.lora
+import comfy.model_management
+from torch import Tensor
+
+from ..ssr_core import Calibration, LowRankUpdate, Site, SSRError, StatisticsCollector
+from ..ssr_core.site import sum_by_site
+from .network import GENERIC
+from .sockets import LoadedLora, Task
+
+T = TypeVar("T")
+
+PROMPT = "ssr_prompt"  # where SSR Prompts leaves the text, among the options of an entry of CONDITIONING
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The text that an entry of CONDITIONING was made of."""
+
+    text: str
+    encoded: Tensor  # the entry's own tensor: a node in between that makes another has changed the meaning
+
+
+def encode(clip: Any, text: str) -> list[Any]:
+    """CONDITIONING that remembers its text."""
+    entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [[cond, {**options, PROMPT: Prompt(text, cond)}] for cond, options in entries]
+
+
+def calibrate_text(clip: Any, loras: Sequence[LoadedLora]) -> tuple[list[Task], Calibration | None]:
+    """Encode the prompts of each task again, its LoRA active on the text encoder, and measure there.
+
+    Returns the tasks with these encodings, which is what the model will see, and the statistics of the text encoder;
+    None if no LoRA changes it.
+
+    Raises:
+        SSRError: a prompt whose text is not known.
+    """
+    tasks = [lora.task for lora in loras]
+    if clip is None or not any(lora.text.updates or lora.text.patches for lora in loras):
+        return tasks, None
+    texts = [_texts(task) for task in tasks]
+    if not any(lora.text.updates for lora in loras):
+        return [_encoded(clip, lora, prompts) for lora, prompts in zip(loras, texts, strict=True)], None
+    collector = StatisticsCollector([lora.text_lora for lora in loras])
+    encoded = []
+    for index, (lora, prompts) in enumerate(zip(loras, texts, strict=True)):
+        with collector.recording(index) as recording:
+            recording.attach(clip.cond_stage_model)
+            encoded.append(_encoded(clip, lora, prompts))
+    return encoded, _spelt_out(collector.calibration())
+
+
+def _spelt_out(calibration: Calibration) -> Calibration:
+    """With sites named as in files, which is how people know them."""
+
+    def named(values: Mapping[Site, T]) -> dict[Site, T]:
+        return {replace(site, module=GENERIC + site.module): value for site, value in values.items()}
+
+    return replace(calibration, subspaces=named(calibration.subspaces), statistics=named(calibration.statistics))
+
+
+def summed(loras: Sequence[LoadedLora], strengths: Sequence[float]) -> dict[Site, LowRankUpdate]:
+    """The plain sum of the text encoder's updates, for want of statistics.
+
+    Files spell its layers in several ways, and of two that mean the same one ComfyUI would load only the last; each
+    gets the name that the first LoRA has for it.
+    """
+    names: dict[str, str] = {}
+    pieces = []
+    for lora, strength in zip(loras, strengths, strict=True):
+        for site, update in lora.text.updates.items():
+            module = names.setdefault(_MEANINGS.get(site.module, site.module), site.module)
+            pieces.append((replace(site, module=module), update.scaled(strength)))
+    return sum_by_site(pieces)
+
+
+def _texts(task: Task) -> list[Prompt]:
+    prompts = [options.get(PROMPT) for _, options in task.conditioning]
+    if None in prompts:
+        raise SSRError(
+            f"{task.name}: clip is connected, but the text of its calibration prompts is not known. Encode them with "
+            "SSR Prompts, or disconnect clip from SSR Collect Stats to have the text encoder's parts summed."
+        )
+    return prompts
+
+
+def _encoded(clip: Any, lora: LoadedLora, prompts: Sequence[Prompt]) -> Task:
+    """The task with its prompts as its own LoRA makes the text encoder read them."""
+    if lora.text.patches:
+        clip = clip.clone()
+        clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
+    entries = []
+    for (cond, options), prompt in zip(lora.task.conditioning, prompts, strict=True):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        ((own, found), *_) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))
+        # whatever other nodes did to an entry is kept: to its options as well as, then unread, to its tensor
+        entries.append([own, {**options, **found}] if cond is prompt.encoded else [cond, options])
+    return replace(lora.task, conditioning=entries)
+
+
+class _ClipLayers:
+    """The names of all layers of CLIP-L and CLIP-G, for ComfyUI to tell how files spell them."""
+
+    @staticmethod
+    def state_dict() -> dict[str, None]:
+        layers = (f"{layer}.{part}" for layer in range(32) for part in comfy.lora.LORA_CLIP_MAP)
+        names = [f"transformer.text_model.encoder.layers.{layer}.weight" for layer in layers]
+        return {f"{clip}.{name}": None for clip in ("clip_l", "clip_g") for name in names}
+
+
+_MEANINGS: dict[str, str] = comfy.lora.model_lora_keys_clip(_ClipLayers(), {})
