@@ -16,7 +16,7 @@ from .lora_model import state_dict
 from .network import GENERIC
 from .provenance import with_settings
 from .sockets import ADVANCED, CATEGORY, LoraModel, LoraModelSocket, SSRStats, Stats, schema
-from .text_encoder import summed
+from .text_encoder import merge_text, summed
 
 AUTO = 0.99  # share of each layer's effect that an automatic rank keeps
 
@@ -157,7 +157,7 @@ def _merged_text(
     scaled = tuple(strength * ratio for strength, ratio in zip(strengths, ratios, strict=True))
     if stats.text is None:
         return None, scaled
-    return merge(stats.text, replace(settings, strengths=scaled)), scaled
+    return merge_text(stats.text, replace(settings, strengths=scaled)), scaled
 
 
 def _text_notes(text: Merge | None) -> Iterator[str]:

@@ -10,13 +10,17 @@ import comfy.lora
 import comfy.model_management
 from torch import Tensor
 
-from ..ssr_core import Calibration, LowRankUpdate, Site, SSRError, StatisticsCollector
+from ..ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, SSRError, StatisticsCollector, merge
 from ..ssr_core.site import sum_by_site
 from .network import GENERIC
 from .sockets import LoadedLora, Task
 
 T = TypeVar("T")
 
+CONTEXT = 32  # context rows of a text encoder's layer: a prompt has few tokens
+# Of the penalty for what was seldom seen. It was chosen for models that see one prompt at a few noise levels of many;
+# a text encoder knows no noise, and a prompt shows it dozens of tokens.
+SCARCITY = 0.01
 PROMPT = "ssr_prompt"  # where SSR Prompts leaves the text, among the options of an entry of CONDITIONING
 
 
@@ -50,11 +54,15 @@ def calibrate_text(clip: Any, loras: Sequence[LoadedLora]) -> tuple[list[Task], 
     if not any(lora.text.updates for lora in loras):
         return [_encoded(clip, lora, prompts) for lora, prompts in zip(loras, texts, strict=True)], None
     collector = StatisticsCollector([lora.text_lora for lora in loras])
-    encoded = []
-    for index, (lora, prompts) in enumerate(zip(loras, texts, strict=True)):
-        with collector.recording(index) as recording:
-            recording.attach(clip.cond_stage_model)
-            encoded.append(_encoded(clip, lora, prompts))
+    encoded: list[Task] = []
+    for survey in (CONTEXT, 0):  # first for the context rows, then to measure with them
+        encoded = []
+        for index, (lora, prompts) in enumerate(zip(loras, texts, strict=True)):
+            with collector.recording(index, survey) as recording:
+                recording.attach(clip.cond_stage_model)
+                encoded.append(_encoded(clip, lora, prompts))
+        if survey:
+            collector.see(survey)
     return encoded, _spelt_out(collector.calibration())
 
 
@@ -65,6 +73,12 @@ def _spelt_out(calibration: Calibration) -> Calibration:
         return {replace(site, module=GENERIC + site.module): value for site, value in values.items()}
 
     return replace(calibration, subspaces=named(calibration.subspaces), statistics=named(calibration.statistics))
+
+
+def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
+    """The merge of the text encoder's parts from what was measured."""
+    ridge = replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity)
+    return merge(calibration, replace(settings, ridge=ridge))
 
 
 def summed(loras: Sequence[LoadedLora], strengths: Sequence[float]) -> dict[Site, LowRankUpdate]:

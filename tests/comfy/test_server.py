@@ -59,7 +59,7 @@ def latent(server: ComfyServer, name: str) -> numpy.ndarray:
 
 def test_the_pack_is_listed_with_its_nodes(server: ComfyServer):
     assert not [failure for failure in server.failed_imports() if "custom_nodes" in failure]
-    nodes = {"SSRPrompts", "SSRAddLoRA", "SSRCollectStats", "SSRSolve", "SSRApply", "SSRSaveLoRA"}
+    nodes = {"SSRPrompts", "SSRAddLoRA", "SSRAddLoRAStack", "SSRCollectStats", "SSRSolve", "SSRApply", "SSRSaveLoRA"}
     info = server.object_info()
     assert nodes <= set(info)
     assert all(info[name]["category"] == "SSR Merge" for name in nodes)

@@ -39,9 +39,11 @@ def collect(
     )[0]
 
 
-def solve(stats: Any, ridge: float = 0.01, rank: int = 0, routing: float = 1.0, strengths: str = "") -> tuple[Any, str]:
+def solve(
+    stats: Any, ridge: float = 0.01, rank: int = 0, routing: float = 1.0, strengths: str = "", layers: str = ""
+) -> tuple[Any, str]:
     """(LORA_MODEL, report)"""
-    settings = {"ridge": ridge, "rank": rank, "routing": routing, "strengths": strengths}
+    settings = {"ridge": ridge, "rank": rank, "routing": routing, "strengths": strengths, "layers": layers}
     return execute(node("solve.SSRSolve"), stats=stats, **settings)  # type: ignore[return-value]
 
 

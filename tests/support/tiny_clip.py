@@ -11,10 +11,10 @@ CONFIG = {
 }
 
 
-def tiny_clip() -> Any:
-    """A CLIP that CLIP Text Encode and LoRA loaders take; random weights."""
+def tiny_clip(dtype: torch.dtype | None = None) -> Any:
+    """A CLIP that CLIP Text Encode and LoRA loaders take; random weights, in ComfyUI's own choice of dtype."""
     sd = importlib.import_module("comfy.sd")
-    options = {"model_config": CONFIG}
+    options = {"model_config": CONFIG, "dtype": dtype}
     return sd.load_text_encoder_state_dicts([_weights()], clip_type=sd.CLIPType.STABLE_DIFFUSION, model_options=options)
 
 
