@@ -17,7 +17,7 @@ LORAS = {
 }
 
 
-def bypass_sample(model, one_task, steps=4):
+def bypass_sample(model, one_task, steps=4, before=None, **options):
     """The latent that a calibration run of the task ends with."""
     calibrate, sampling, runs, patches, core = (
         importlib.import_module(f"ssr_pack.{name}")
@@ -26,10 +26,10 @@ def bypass_sample(model, one_task, steps=4):
     loaded = patches.read_task(one_task, model)
     seen = []
     collector = core.StatisticsCollector([loaded.lora])
-    how = runs.Sampling(0, steps, "euler", "simple")
+    how = runs.Sampling(0, steps, "euler", "simple", **options)
     with torch.inference_mode(), collector.recording(0) as recording:
         run = runs.Run(0, one_task, one_task.conditioning, how, runs.Kind.MEASURE)
-        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append)
+        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append, before)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])
@@ -246,3 +246,48 @@ def test_an_automatic_rank_keeps_nearly_everything_and_the_report_tells_what_ran
 
 def test_one_step_is_reported_as_too_few(tiny_flux):
     assert "1 noise level only" in solve(collect(tiny_flux(), *two(), steps=1))[1]
+
+
+# --- a range of steps ---
+
+
+def levels(stats):
+    return {level for seen in stats.calibration.statistics.values() for task in seen.levels for level in task}
+
+
+def test_only_the_steps_of_the_range_are_measured(tiny_flux):
+    model, tasks = tiny_flux(), [task(LORAS[name](), name) for name in ("kohya", "generic")]
+    whole = sorted(levels(collect(model, *tasks, steps=6, context=0)), reverse=True)
+    found = collect(model, *tasks, steps=6, context=0, start_at_step=2, end_at_step=4)
+    assert sorted(levels(found), reverse=True) == whole[2:4]
+    tokens = {tokens for seen in found.calibration.statistics.values() for tokens in seen.tokens}
+    assert max(tokens) == 2 * (16 + 8)  # image and text tokens of two steps
+
+
+def test_a_model_may_go_on_where_another_stopped_as_ksampler_advanced_does(tiny_flux):
+    import nodes
+
+    first, second, lora = tiny_flux(), tiny_flux(seed=5), LORAS["kohya"]()
+    cond, loaded = conditioning(1), load_lora(second, lora)
+    common = ("euler", "simple", cond, cond)
+    with torch.inference_mode():
+        begun = nodes.common_ksampler(first, 0, 5, 1.0, *common, empty_latent(), last_step=2)[0]
+        (expected,) = nodes.common_ksampler(loaded, 0, 5, 1.0, *common, begun, start_step=2, disable_noise=True)
+    found = bypass_sample(second, task(lora), steps=5, before=first, start=2)
+    assert relative(found, expected["samples"]) < 1e-5
+    alone = bypass_sample(second, task(lora, strength=0.0), steps=5, start=2)  # nothing is lost on the way
+    assert relative(alone, sample(second, steps=5)) < 1e-5
+
+
+def test_given_images_are_looked_at_in_the_range_only(tiny_flux):
+    images = {"samples": torch.randn(1, 16, 8, 8)}
+    tasks = [task(LORAS[name](), name, images=images) for name in ("kohya", "generic")]
+    found = collect(tiny_flux(), *tasks, steps=6, context=0, start_at_step=4)
+    assert len(levels(found)) == 2
+
+
+@pytest.mark.parametrize(("start", "end"), [(4, 4), (3, 2), (9, 100)])
+def test_a_range_without_steps_is_refused(tiny_flux, start, end):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match=f"no step from start_at_step {start} to end_at_step {end} among 4"):
+        collect(tiny_flux(), task(LORAS["kohya"]()), start_at_step=start, end_at_step=end)

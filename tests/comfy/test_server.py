@@ -100,6 +100,32 @@ def test_a_saved_merge_is_listed_by_load_lora_at_once_and_does_what_ssr_apply_do
     assert "key not loaded" not in server.log_tail(50)
 
 
+def test_the_result_goes_through_comfyuis_own_lora_model_nodes_and_back(server: ComfyServer):
+    """Load LoRA Model, Save LoRA Weights, and a saved merge as one of the LoRAs of the next."""
+    saver = next(name for name in ("SaveLoRA", "SaveLoRANode") if name in server.object_info())
+    graph = merge_graph(seed=26) | {
+        "core loader": node("LoraModelLoader", model=["model", 0], lora=["solve", 0], strength_model=1.0, bypass=False),
+        "core saver": node(saver, lora=["solve", 0], prefix="loras/by-core"),
+    }
+    server.run(graph | sampler(["core loader", 0], "by core"))
+    merged, through_core = latent(server, "merged"), latent(server, "by core")
+    assert numpy.linalg.norm(merged - through_core) <= 1e-6 * numpy.linalg.norm(merged)
+    listed = server.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"][0]
+    name = next(name for name in listed if name.startswith("by-core"))
+    again = {key: graph[key] for key in ("model", "latent", "p0")} | {
+        "load": node("LoraLoaderModelOnly", model=["model", 0], lora_name=name, strength_model=1.0),
+        "lora0": node("SSRAddLoRA", lora_name=name, strength=1.0, calibration=["p0", 0]),
+        "lora1": node(
+            "SSRAddLoRA",
+            **{"lora_name": "(use the lora input)", "lora": ["solve", 0], "strength": 1.0},
+            **{"calibration": ["p1", 0], "tasks": ["lora0", 0]},
+        ),
+    }
+    run = server.run(graph | again | {"collect": graph["collect"]} | sampler(["load", 0], "saved by core"))
+    assert "save saved by core" in run.executed
+    assert numpy.linalg.norm(merged - latent(server, "saved by core")) <= 1e-6 * numpy.linalg.norm(merged)
+
+
 def test_an_interrupt_in_the_middle_of_collecting_changes_nothing(server: ComfyServer):
     plain = {key: value for key, value in merge_graph().items() if key in ("model", "latent", "p0")}
     server.run(plain | sampler(["model", 0], "before", seed=7))
