@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ..ssr_core.expansion import RANK
-
 
 class Fate(Enum):
     ROUTED = "routed"
@@ -55,7 +53,7 @@ class Account:
         if self.expanded:
             yield f"{name}: {self._expansions()}"
         if kinds := sorted({one.kind for one in self.expanded if one.on_base}):
-            yield f"{name}: {' and '.join(kinds)} follow the weights of the base; the merge holds for this base only."
+            yield f"{name}: {' and '.join(kinds)} depend on the base's weights, so the merge holds for this base only."
 
     def _expansions(self) -> str:
         kinds = Counter(one.kind for one in self.expanded)
@@ -68,5 +66,5 @@ class Account:
             return f"{text}, exactly."
         return (
             f"{text}, keeping {100 * kept:.1f} % of their energy (least: {100 * worst.kept:.1f} % at {worst.layer}). "
-            f"A higher expand_rank than {RANK} in SSR Collect Stats keeps more."
+            "A higher expand_rank in SSR Collect Stats keeps more."
         )

@@ -6,7 +6,7 @@ Which key means which weight is ComfyUI's to say, not ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,10 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
     known = network.key_map.keys() | encoder.key_map.keys()
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
     find_pairs({key: value for key, value in tensors.items() if _owner(key, known)}, task.name)
-    parts = [_Reader(task.name, tensors, one, rank).read() for one in (network, encoder)]
-    fates = _fates(tensors, parts, clip is None)
-    loaded = LoadedLora(task, source, parts[0].part, parts[1].part, Account(fates, tuple(_expanded(parts))))
+    of_model, of_text = (_Reader(task.name, one, rank).read(tensors) for one in (network, encoder))
+    fates = _fates(tensors, known, of_model.fates, of_text.fates, summed_text=clip is None)
+    account = Account(fates, (*of_model.expanded, *of_text.expanded))
+    loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
     _refuse_what_does_nothing(loaded, network, clip)
     return loaded
 
@@ -112,20 +113,28 @@ class Place:
         return whole
 
 
-class _Reader:
-    """Takes apart what one network gets of one file."""
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What one network gets of one file."""
 
-    def __init__(self, name: str, tensors: Mapping[str, Tensor], network: Network | NamesOnly, rank: int) -> None:
-        self.name, self.tensors, self.network, self.rank = name, tensors, network, rank
+    part: Part
+    fates: Mapping[int, Fate]  # by the identity of the tensors that ComfyUI took
+    expanded: Sequence[Expanded]
+
+
+class _Reader:
+    """Takes the patches that ComfyUI makes of a file apart."""
+
+    def __init__(self, name: str, network: Network | NamesOnly, rank: int) -> None:
+        self.name, self.network, self.rank = name, network, rank
         self.pieces: list[tuple[Site, LowRankUpdate]] = []
         self.patches: dict[str, Patch] = {}
         self.expanded: list[Expanded] = []
-        self.fates: dict[int, Fate] = {}  # by the identity of the tensors that ComfyUI took
-        self.part = Part({}, {})
 
-    def read(self) -> _Reader:
+    def read(self, tensors: Mapping[str, Tensor]) -> _Reading:
+        fates: dict[int, Fate] = {}
         try:
-            patches = comfy.lora.load_lora(self.tensors, self.network.key_map, log_missing=False)
+            patches = comfy.lora.load_lora(tensors, self.network.key_map, log_missing=False)
         except KeyError as error:
             raise LoraError(f"{self.name} has no {error}, which an adapter in it needs; it is incomplete.") from error
         except (RuntimeError, ValueError) as error:  # an alpha that is not one number
@@ -134,9 +143,8 @@ class _Reader:
             comfy.model_management.throw_exception_if_processing_interrupted()
             place = Place.of(key, self.network)
             fate = Fate.UNMATCHED if place is None else self._take(place, patch)
-            self.fates.update((id(value), fate) for value in _tensors(patch))
-        self.part = Part(sum_by_site(self.pieces), self.patches)
-        return self
+            fates.update((id(value), fate) for value in _tensors(patch))
+        return _Reading(Part(sum_by_site(self.pieces), self.patches), fates, self.expanded)
 
     def _take(self, place: Place, patch: Any) -> Fate:
         where = f"{self.name}: {place.key}"
@@ -210,7 +218,7 @@ def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:
     return NamesOnly({match["name"]: f"{match['name']}.weight" for match in found if match})
 
 
-def _owner(key: str, names: Any) -> str:
+def _owner(key: str, names: Container[str]) -> str:
     """The longest leading part of `key` that is one of `names`, or nothing."""
     return next((name for name in _leading(key) if name in names), "")
 
@@ -229,12 +237,17 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
     return (value for value in held if isinstance(value, Tensor))
 
 
-def _fates(tensors: Mapping[str, Tensor], readers: list[_Reader], summed_text: bool) -> dict[str, Fate]:
+def _fates(
+    tensors: Mapping[str, Tensor],
+    known: Container[str],
+    of_model: Mapping[int, Fate],
+    of_text: Mapping[int, Fate],
+    summed_text: bool,
+) -> dict[str, Fate]:
     """Of every tensor of the file. Those that ComfyUI only read a number from share the fate of their weight's."""
-    taken = readers[0].fates | {
-        key: Fate.TEXT if summed_text and fate is not Fate.DORMANT else fate for key, fate in readers[1].fates.items()
-    }
-    known = readers[0].network.key_map.keys() | readers[1].network.key_map.keys()
+    if summed_text:
+        of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
+    taken = {**of_model, **of_text}
     owners = {key: _owner(key, known) for key in tensors}
     of_weight = {owners[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
     fates = {}
@@ -244,11 +257,6 @@ def _fates(tensors: Mapping[str, Tensor], readers: list[_Reader], summed_text: b
         untaken = Fate.OVERWRITTEN if owners[key] and _ADAPTER.fullmatch(key) else Fate.UNMATCHED
         fates[key] = taken.get(id(value)) or (of_weight.get(owners[key]) if number else None) or untaken
     return fates
-
-
-def _expanded(readers: list[_Reader]) -> Iterator[Expanded]:
-    for reader in readers:
-        yield from reader.expanded
 
 
 def _refuse_what_does_nothing(loaded: LoadedLora, network: Network, clip: Any) -> None:

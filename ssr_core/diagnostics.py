@@ -126,7 +126,8 @@ class Report:
         return sum(tails) / len(tails) if tails else math.nan
 
     def worse_than_stack(self) -> tuple[SiteReport, ...]:
-        return tuple(site for site in self.routed if site.rank and site.error("merge") > site.error("stack"))
+        """But for what a cut of the rank may do to a site that is a stack."""
+        return tuple(site for site in self.routed if site.rank and site.error("merge") > 1.01 * site.error("stack"))
 
     def short_of_tokens(self) -> tuple[SiteReport, ...]:
         """Sites with fewer tokens than joint rank: the ridge decides there more than the data."""
