@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import comfy.lora
 import comfy.model_management
@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..ssr_core import LoraError
+from ..ssr_core import LoraError, ModelMismatchError
 
 GENERIC = "text_encoders."  # before a text encoder's own names, in the spelling that ComfyUI loads for all of them
 
@@ -28,6 +28,8 @@ class Network:
 
     @classmethod
     def of_model(cls, patcher: Any) -> Network:
+        """Raises ModelMismatchError if its layers cannot be seen, whatever the LoRA."""
+        _check_layers(patcher)
         return cls(patcher, comfy.lora.model_lora_keys_unet(patcher.model, {}))
 
     @classmethod
@@ -58,17 +60,14 @@ class Network:
         Raises:
             LoraError: it is kept in a form that ComfyUI has no conversion for.
         """
-        (stored, convert), *patches = self._weights[key]
-        shape = self.shape(key)
-        if type(stored) not in (Tensor, nn.Parameter) and not hasattr(stored, "dequantize"):
-            found = self._dequantized(key)
-        else:
-            found = convert(stored.to(self.device, copy=True), inplace=True)
+        stored, shape = self._kept(key), self.shape(key)
+        found = self._unpacked(key, stored.to(self.device, copy=True))
         if tuple(found.shape) != shape or not found.is_floating_point():
             raise LoraError(
                 f"{where} depends on the weight of the base, which is kept as {type(stored).__name__} here and cannot "
                 "be read. Collect on a base in fp16, bf16 or fp8, or leave this LoRA out."
             )
+        patches = self._patcher.patches.get(key, [])
         found = found.to(self.device, torch.float32)
         return comfy.lora.calculate_weight(patches, found, key) if patches else found
 
@@ -77,18 +76,47 @@ class Network:
         device: torch.device = self._patcher.load_device
         return device if device.type == "cuda" else torch.device("cpu")
 
-    @cached_property
-    def _weights(self) -> dict[str, Any]:
-        """[(weight, conversion), patch, ...] by key, as ComfyUI keeps them for its own differences of models."""
-        weights: dict[str, Any] = self._patcher.get_key_patches()
-        return weights
+    def _kept(self, key: str) -> Tensor:
+        """The weight as it is stored, without the patches that may be in it at the moment."""
+        patcher = self._patcher
+        if (hooked := patcher.hook_backup.get(key)) is not None:
+            return cast(Tensor, hooked[0])
+        if (backup := patcher.backup.get(key)) is not None:
+            return cast(Tensor, backup.weight)
+        return cast(Tensor, comfy.utils.get_attr(patcher.model, key))
 
-    def _dequantized(self, key: str) -> Tensor:
-        """By a layer that keeps its weight packed and knows how to unpack it, such as ComfyUI-GGUF's."""
-        module = self._modules[key.removesuffix(".weight")]
-        unpack: Callable[..., Tensor] | None = getattr(module, "get_weight", None)
-        stored: Tensor = comfy.utils.get_attr(self._patcher.model, key)
-        return stored if unpack is None else unpack(stored.to(self.device), torch.float32)
+    def _unpacked(self, key: str, stored: Tensor) -> Tensor:
+        """By the layer that keeps it packed: ComfyUI's own quantized ones, or those of ComfyUI-GGUF."""
+        module: Any = self._modules[key.removesuffix(".weight")]
+        if hasattr(module, "get_weight"):
+            stored.patches = []  # type: ignore[attr-defined]  # GGUF's: they are added below, as everywhere
+            return cast(Tensor, module.get_weight(stored, torch.float32))
+        convert: Callable[..., Tensor] | None = getattr(module, "convert_weight", None)
+        return stored if convert is None else convert(stored, inplace=True)
+
+
+def _check_layers(patcher: Any) -> None:
+    diffusion = getattr(patcher.model, "diffusion_model", None)
+    kind = type(diffusion).__name__
+    if not isinstance(diffusion, nn.Module) or next(diffusion.parameters(), None) is None:
+        raise ModelMismatchError(
+            f"This model is a compiled engine ({kind}, as of TensorRT), whose layers cannot be seen. Collect on the "
+            "model it was built from, and build the engine again from the model with the merged LoRA on it."
+        )
+    for name, module in diffusion.named_modules():
+        packed = hasattr(module, "qweight") and getattr(module, "weight", None) is None
+        if packed or "nunchaku" in type(module).__module__.lower():
+            raise ModelMismatchError(
+                f"This model is Nunchaku's or packed as its are ({kind}, {name or 'whole'}: {type(module).__name__}): "
+                "it runs several layers as one, where nothing can be measured. Collect on the same model in bf16, fp8 "
+                "or GGUF, save the merged LoRA, and load it with Nunchaku's own loader."
+            )
+    replaced = {**patcher.object_patches, **dict(diffusion.named_modules())}
+    if compiled := [name for name, module in replaced.items() if hasattr(module, "_orig_mod")]:
+        raise ModelMismatchError(
+            f"{compiled[0]} of this model was compiled in place, which hides its layers (and Load LoRA has no effect "
+            "on them). Connect the model before the node that compiles it."
+        )
 
 
 class NamesOnly:

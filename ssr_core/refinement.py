@@ -37,6 +37,8 @@ class Refinement(Recording):
         self._updates, self._strengths = updates, tuple(strengths)
         self._alone = True
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
+        # by layer: how many tokens an output has, which of them wait for the merge, and these under the LoRA
+        self._waiting: dict[str, deque[tuple[int, Tensor, Tensor]]] = {}
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -46,12 +48,22 @@ class Refinement(Recording):
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Inside, the merge is active and its inputs are compared with what `alone` kept."""
+        """Inside, the merge is active and its inputs are compared with what `alone` kept.
+
+        Raises:
+            StatisticsError: a layer ran under the LoRA alone and not under the merge.
+        """
         self._alone = False
         try:
             yield
         finally:
             self._alone = True
+        if unmatched := [name for name, waiting in self._waiting.items() if waiting]:
+            raise StatisticsError(
+                f"{len(unmatched)} layers, such as {unmatched[0]}, ran under the LoRA alone but not under the merge, "
+                "so they cannot be compared. A node that skips steps (EasyCache, TeaCache) answered for them: connect "
+                "the model before it, or collect without refinement."
+            )
 
     def corrections(self) -> Iterator[tuple[Site, Correction]]:
         """What this run adds, for each site that is routed.
@@ -68,7 +80,7 @@ class Refinement(Recording):
             yield site, correction
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
-        waiting: deque[tuple[int, Tensor, Tensor]] = deque()  # how many tokens, which, their outputs under the LoRA
+        waiting = self._waiting.setdefault(layer.name, deque())
         placed: dict[Place, tuple[Updates, Updates, list[Tensor]]] = {}
 
         def place(where: Place) -> tuple[Updates, Updates, list[Tensor]]:

@@ -162,6 +162,22 @@ def test_the_merge_may_not_run_before_the_lora_alone():
         model(batches()[0])
 
 
+def test_a_merge_that_a_step_cache_answers_for_is_refused():
+    model, batch = mlp(), batches()[0]
+    collector = watched(model, loras_for(model))
+    before = collector.calibration()
+    with (
+        pytest.raises(StatisticsError, match=r"2 layers, such as 0, ran .* skips steps \(EasyCache"),
+        torch.no_grad(),
+        collector.refining(model, 0, merge(before).updates) as run,
+    ):
+        with run.alone():
+            model(batch)
+        with run.merged():
+            pass
+    assert not collector.calibration().corrections
+
+
 def test_both_branches_have_to_see_the_same_batch():
     model, collector, calibration = refined()
     with (
