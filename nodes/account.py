@@ -16,10 +16,11 @@ class Fate(Enum):
     REPLACES = "replace a weight"
     DORMANT = "change nothing (alpha 0 or all zero)"
     OVERWRITTEN = "left out, as ComfyUI does: another tensor of the file changes the same weight"
+    UNREAD = "left out, as ComfyUI does: incomplete, or of a kind that it does not read"
     UNMATCHED = "left out: they name nothing in this model"
 
 
-TOLD = (Fate.OVERWRITTEN, Fate.UNMATCHED)  # with an example
+LEFT_OUT = (Fate.OVERWRITTEN, Fate.UNREAD, Fate.UNMATCHED)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Account:
         for fate in Fate:
             if counts[fate]:
                 example = next(key for key, found in self.fates.items() if found is fate)
-                parts.append(f"{counts[fate]} {fate.value}" + (f", such as {example}" if fate in TOLD else ""))
+                parts.append(f"{counts[fate]} {fate.value}" + (f", such as {example}" if fate in LEFT_OUT else ""))
         yield f"{name}, {len(self.fates)} tensors: {'; '.join(parts)}."
         if self.expanded:
             yield f"{name}: {self._expansions()}"

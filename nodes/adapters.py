@@ -6,6 +6,7 @@ What an adapter of each kind means is defined by comfy.weight_adapter and LyCORI
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Target:
     shape: tuple[int, ...]  # () if it is not known
     rows: Rows | None  # a permutation of its output rows that the patch is subject to
     base: Callable[[], Tensor]  # gives the weight, for adapters that depend on it
+    strength: float  # at which the LoRA is used: OFT and BOFT are not proportional to it
     device: torch.device  # where expansions are computed; results are on the CPU
     where: str  # how errors call it
 
@@ -70,7 +72,10 @@ def low_rank(patch: Any, target: Target, rank: int) -> Expansion:
 
 
 def dense(patch: Any, target: Target) -> Tensor:
-    """The weight difference (out, in, *kernel) that a patch stands for at strength 1, float32."""
+    """The weight difference (out, in, *kernel) that a patch stands for at strength 1, float32.
+
+    Of OFT and BOFT, what they do at the target's strength, divided by it.
+    """
     where, rows = target.where, target.rows
     if isinstance(patch, tuple):
         difference = patch[1][0].to(target.device, torch.float32)
@@ -81,13 +86,17 @@ def dense(patch: Any, target: Target) -> Tensor:
             )
         return _finite(difference if rows is None else rows(difference), where)
     weight = target.base() if needs_base(patch) else torch.zeros(target.shape, device=target.device)
+    strength = target.strength if kind(patch) in ("OFT", "BOFT") and target.strength else 1.0
     with _errors() as errors:
-        changed = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, rows)], weight.clone(), where)
+        try:
+            changed = comfy.lora.calculate_weight([(strength, patch, 1.0, None, rows)], weight.clone(), where)
+        except (AttributeError, TypeError, IndexError, RuntimeError, UnboundLocalError) as error:
+            raise LoraError(f"{where}: its {kind(patch)} is incomplete or damaged ({error}).") from error
     if errors:
         raise ModelMismatchError(
             f"{where}: its {kind(patch)} does not fit a weight of shape {target.shape} ({errors[0]})."
         )
-    return _finite(changed - weight, where)
+    return _finite((changed - weight) / strength, where)
 
 
 def _factors(adapter: Any, rank: int, target: Target) -> Expansion | None:
@@ -138,6 +147,8 @@ def _errors() -> Iterator[list[str]]:
     """What ComfyUI logs as errors: an adapter that does not fit a weight is logged and passed over."""
     found: list[str] = []
     handler = logging.Handler(logging.ERROR)
+    here = threading.get_ident()
+    handler.addFilter(lambda record: record.thread == here)
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .keys import TEXT_ENCODER
 from .lora_model import load_into
-from .sockets import CATEGORY, LoraModelSocket, schema
+from .sockets import CATEGORY, LoraModelSocket, say, schema
 
 
 class SSRApply(io.ComfyNode):
@@ -17,7 +18,8 @@ class SSRApply(io.ComfyNode):
             node_id="SSRApply",
             display_name="SSR Apply",
             category=CATEGORY,
-            description="Applies a merged LoRA to the model. Unlike a plain loader it fails when a key does not load.",
+            description="Applies a merged LoRA to the model. Unlike a plain loader it fails when a key does not load, "
+            "and says so when parts for the text encoder wait for a clip.",
             search_aliases=["apply lora", "load lora", "ssr merge"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRAs were made for."),
@@ -36,8 +38,12 @@ class SSRApply(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model with the merged LoRA."),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder with the merged LoRA, if connected."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, lora: Any, strength: float, clip: Any = None) -> io.NodeOutput:
-        return io.NodeOutput(*load_into(lora, model, clip, strength))
+        result = io.NodeOutput(*load_into(lora, model, clip, strength))
+        if clip is None and (left := sum(key.startswith(TEXT_ENCODER) for key in lora)):
+            say(cls, f"{left} tensors are for the text encoder and are not applied: connect clip.")
+        return result

@@ -10,7 +10,7 @@ import comfy.model_management
 
 from ..ssr_core import Calibration, LowRankUpdate, Recording, Site, StatisticsCollector, StatisticsError, merge
 from .runs import Kind, Run
-from .sampling import OnStep, sample
+from .sampling import OnStep, begin, sample
 from .sockets import LoadedLora
 
 
@@ -31,6 +31,7 @@ def calibrate(
         on_run: called with the number of each run before it starts.
         before: the model that samples the steps before the first that is looked at.
     """
+    begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.begins}
     collector = StatisticsCollector([one.lora for one in loaded])
     silent: set[str] = set()
     updates: Mapping[Site, LowRankUpdate] = {}
@@ -41,7 +42,7 @@ def calibrate(
         if run.kind is Kind.REFINE and run.index == 0:
             updates = merge(collector.calibration(), on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
-            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, before)
+            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begun.get(run.index, ()))
             if not recording.heard and loaded[run.index].model.updates:
                 raise StatisticsError(
                     f"{run.task.name}: the model ran, but none of the layers this LoRA changes did. "

@@ -11,7 +11,6 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..ssr_core import Calibration, LoraError, SSRError
 from ..ssr_core.collect import CONTEXT
@@ -20,7 +19,7 @@ from .calibrate import calibrate
 from .patches import read_task
 from .provenance import describe
 from .runs import LAST, REFINE, TOKENS, Sampling, plan
-from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, schema
+from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, say, schema
 from .text_encoder import calibrate_text
 
 
@@ -185,30 +184,45 @@ class SSRCollectStats(io.ComfyNode):
         started = time.perf_counter()
         if not tasks:
             raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
-        loras = [read_task(task, model, clip, expand_rank) for task in tasks]
         sampling = Sampling(
             *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
         )
-        if sampling.seen < 1:
-            raise SSRError(
-                f"SSR Collect Stats: there is no step from start_at_step {start_at_step} to end_at_step {end_at_step} "
-                f"among {steps} steps."
+        _check(sampling, model_before)
+        loras = [read_task(task, model, clip, expand_rank) for task in tasks]
+        if not any(lora.model.updates for lora in loras):
+            raise LoraError(
+                f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
+                "least one must. Load them with Load LoRA instead."
             )
-        if cfg > 1 and not negative:
-            raise SSRError("SSR Collect Stats: cfg needs a negative prompt; connect one, or set cfg to 1.")
-        encoded, text = calibrate_text(clip, loras)
+        encoded, text = calibrate_text(clip, loras, sampling.negative)
         runs = plan(encoded, sampling, context, refine)
         calibration, silent = calibrate(
             *(model, loras, runs, latent, context),
-            on_step=_progress(model, sum(run.steps for run in runs)),
-            on_run=lambda number: _say(
+            on_step=_progress(model, sum(run.steps + run.begins * run.unseen for run in runs)),
+            on_run=lambda number: say(
                 cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
             ),
             before=model_before,
         )
-        _say(cls, _summary(calibration, tasks, time.perf_counter() - started))
+        say(cls, _summary(calibration, tasks, time.perf_counter() - started))
         provenance = describe(model, loras, sampling, context, refine)
         return io.NodeOutput(Stats(tuple(loras), calibration, text, clip is not None, silent, provenance))
+
+
+def _check(sampling: Sampling, before: Any) -> None:
+    """Raise SSRError for what cannot be meant, before any LoRA is read."""
+    if sampling.cfg > 1 and not sampling.negative:
+        raise SSRError("SSR Collect Stats: cfg needs a negative prompt; connect one, or set cfg to 1.")
+    if sampling.seen < 1:
+        raise SSRError(
+            f"SSR Collect Stats: there is no step from start_at_step {sampling.start} to end_at_step {sampling.stop} "
+            f"among {sampling.steps} steps."
+        )
+    if before is not None and not sampling.start:
+        raise SSRError(
+            "SSR Collect Stats: model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
+            "start_at_step to where it hands over."
+        )
 
 
 def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
@@ -229,9 +243,3 @@ def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) 
         f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites. "
         f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
     )
-
-
-def _say(cls: type[io.ComfyNode], text: str) -> None:
-    """A line of text on the node."""
-    if PromptServer.instance is not None and cls.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)

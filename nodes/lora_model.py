@@ -13,9 +13,9 @@ from torch import Tensor
 from ..ssr_core import LoraError, ModelMismatchError, Rule, treatment_of
 from ..ssr_core.files import to_state_dict
 from ..ssr_core.site import Updates
+from .keys import TEXT_ENCODER
 from .network import Network
-from .patches import TEXT_ENCODER
-from .sockets import Part
+from .sockets import Part, Patch
 
 
 def state_dict(
@@ -26,16 +26,30 @@ def state_dict(
     Args:
         rules: what they drop is left out; `updates` are taken as they are.
         prefix: of the generic spelling, before the weight keys of the parts.
+
+    Raises:
+        LoraError: LoRAs disagree about a weight that one of them replaces.
     """
-    differences, settings = _sum_of_differences(parts, strengths), _settings(parts)
+    wanted = [
+        {prefix + key: patch for key, patch in part.patches.items() if _is_kept(prefix + key, rules)} for part in parts
+    ]
+    differences, settings = _sum_of_differences(wanted, strengths), _settings(wanted, strengths)
     # ComfyUI keeps one patch per weight and file
-    changed = {f"{site.module}.weight" for site in updates} | {prefix + key for key in differences}
-    if both := sorted(changed & {prefix + key for key in settings}):
-        raise LoraError(f"One LoRA replaces {both[0]} and another changes it; leave one of them out.")
-    others = {prefix + _difference_key(key): value for key, value in differences.items()}
-    others |= {f"{prefix}{key.removesuffix('.weight')}.set_weight": value for key, value in settings.items()}
-    kept = {key: value for key, value in others.items() if treatment_of(key.rpartition(".")[0], rules) != "drop"}
-    return to_state_dict(updates, "") | {key: value.clone().contiguous() for key, value in kept.items()}
+    changed = {f"{site.module}.weight" for site in updates} | differences.keys()
+    if both := sorted(changed & settings.keys()):
+        raise LoraError(
+            f"One LoRA replaces {both[0]} and another changes it; leave one of them out, or drop that layer in the "
+            "layers of SSR Solve."
+        )
+    return {
+        **to_state_dict(updates, ""),
+        **{_difference_key(key): value.clone().contiguous() for key, value in differences.items()},
+        **{f"{key.removesuffix('.weight')}.set_weight": value.clone().contiguous() for key, value in settings.items()},
+    }
+
+
+def _is_kept(key: str, rules: Sequence[Rule]) -> bool:
+    return treatment_of(key.rpartition(".")[0], rules) != "drop"
 
 
 def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: float) -> tuple[Any, Any]:
@@ -74,25 +88,28 @@ def _loaded_keys(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any], key_
     return loaded.union(*(patch.loaded_keys for patch in patches.values() if not isinstance(patch, tuple)))
 
 
-def _sum_of_differences(parts: Sequence[Part], strengths: Sequence[float]) -> dict[str, Tensor]:
+def _sum_of_differences(parts: Sequence[Mapping[str, Patch]], strengths: Sequence[float]) -> dict[str, Tensor]:
     """Full differences by weight key, summed at their strengths."""
     total: dict[str, Tensor] = {}
-    for part, strength in zip(parts, strengths, strict=True):
-        for key, (kind, values) in part.patches.items():
+    for patches, strength in zip(parts, strengths, strict=True):
+        for key, (kind, values) in patches.items():
             if kind == "diff":
                 total[key] = total.get(key, 0) + values[0].float() * strength
     return total
 
 
-def _settings(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Weights that a LoRA replaces outright, by key; two LoRAs cannot both have their way."""
+def _settings(parts: Sequence[Mapping[str, Patch]], strengths: Sequence[float]) -> dict[str, Tensor]:
+    """Weights that a LoRA replaces outright, by key, however strong it is; two LoRAs cannot both have their way."""
     found: dict[str, Tensor] = {}
-    for part in parts:
-        for key, (kind, values) in part.patches.items():
-            if kind != "set":
+    for patches, strength in zip(parts, strengths, strict=True):
+        for key, (kind, values) in patches.items():
+            if kind != "set" or not strength:
                 continue
             if key in found and not torch.equal(found[key], values[0]):
-                raise LoraError(f"Two LoRAs replace {key} with different values; leave one of them out.")
+                raise LoraError(
+                    f"Two LoRAs replace {key} with different values; leave one of them out, or drop that layer in the "
+                    "layers of SSR Solve."
+                )
             found[key] = values[0]
     return found
 

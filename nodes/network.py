@@ -124,7 +124,6 @@ class NamesOnly:
 
     def __init__(self, key_map: Mapping[str, str]) -> None:
         self.key_map = key_map
-        self.name = "text encoder"
         self.device = torch.device("cpu")
 
     def __contains__(self, key: str) -> bool:

@@ -5,8 +5,7 @@ Which key means which weight is ComfyUI's to say, not ours.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,10 @@ from ..ssr_core.expansion import RANK
 from ..ssr_core.files import find_pairs, sha256
 from ..ssr_core.site import sum_by_site
 from . import adapters
-from .account import Account, Expanded, Fate
+from .account import LEFT_OUT, Account, Expanded, Fate
+from .keys import ADAPTER, TEXT_ENCODER, is_bias, owner
 from .network import NamesOnly, Network
 from .sockets import LoadedLora, Part, Patch, Task
-
-# what follows a weight's name in the keys that ComfyUI reads: comfy.lora.load_lora and comfy.weight_adapter
-_ADAPTER = re.compile(
-    r"(?P<name>.+?)("
-    r"\.lora_(up|down|mid)\.weight|\.lora_[AB](\.default)?(\.weight)?|(_lora|\.lora|\.lora_linear_layer)\.(up|down)\.weight"
-    r"|\.(hada|lokr)_\w+|\.[ab][12]\.weight|\.oft_blocks|\.rescale"
-    r"|\.(alpha|dora_scale|reshape_weight|diff|diff_b|w_norm|b_norm|set_weight))"
-)
-TEXT_ENCODER = ("lora_te", "text_encoder", "lora_prior_te", "clip_l.", "clip_g.", "conditioner.", "te1.", "te2.")
 
 
 def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
@@ -53,14 +44,15 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
     tensors = comfy.lora_convert.convert_lora(tensors)
     network = Network.of_model(model)
     encoder = _names_only(tensors, network) if clip is None else Network.of_text_encoder(clip)
-    known = network.key_map.keys() | encoder.key_map.keys()
+    known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
-    find_pairs({key: value for key, value in tensors.items() if _owner(key, known)}, task.name)
-    of_model, of_text = (_Reader(task.name, one, rank).read(tensors) for one in (network, encoder))
+    find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
+    of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
+    of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
     fates = _fates(tensors, known, of_model.fates, of_text.fates, summed_text=clip is None)
     account = Account(fates, (*of_model.expanded, *of_text.expanded))
     loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
-    _refuse_what_does_nothing(loaded, network, clip)
+    _refuse_what_does_not_fit(loaded, network, clip)
     return loaded
 
 
@@ -125,8 +117,8 @@ class _Reading:
 class _Reader:
     """Takes the patches that ComfyUI makes of a file apart."""
 
-    def __init__(self, name: str, network: Network | NamesOnly, rank: int) -> None:
-        self.name, self.network, self.rank = name, network, rank
+    def __init__(self, name: str, network: Network | NamesOnly, strength: float, rank: int) -> None:
+        self.name, self.network, self.strength, self.rank = name, network, strength, rank
         self.pieces: list[tuple[Site, LowRankUpdate]] = []
         self.patches: dict[str, Patch] = {}
         self.expanded: list[Expanded] = []
@@ -164,7 +156,7 @@ class _Reader:
         self.pieces.append((place.site(update.out_features), update))
         if (kind := adapters.kind(patch)) == "LoRA":
             return Fate.ROUTED
-        size = float(update.dense().square().sum()) / max(found.kept, 1e-12)
+        size = update.squared_norm() / max(found.kept, 1e-12)
         layer = place.key.removesuffix(".weight")
         self.expanded.append(Expanded(kind, layer, update.rank, found.kept, size, adapters.needs_base(patch)))
         return Fate.EXPANDED
@@ -173,7 +165,7 @@ class _Reader:
         def base() -> Tensor:
             return place.narrowed(self.network.weight(place.key, f"{where} is a {kind}, which")).clone()
 
-        return adapters.Target(place.slice_shape, place.rows, base, self.network.device, where)
+        return adapters.Target(place.slice_shape, place.rows, base, self.strength, self.network.device, where)
 
     def _fitted(self, place: Place, update: LowRankUpdate, where: str) -> LowRankUpdate:
         if not place.shape:
@@ -213,23 +205,9 @@ _KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.
 
 def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:
     """The text encoder's part of a file, by its own names: nobody knows here what they mean."""
-    keys = [key for key in tensors if key.startswith(TEXT_ENCODER) and not _owner(key, network.key_map)]
-    found = (_ADAPTER.fullmatch(key) for key in keys)
+    keys = [key for key in tensors if key.startswith(TEXT_ENCODER) and not owner(key, network.key_map)]
+    found = (ADAPTER.fullmatch(key) for key in keys)
     return NamesOnly({match["name"]: f"{match['name']}.weight" for match in found if match})
-
-
-def _owner(key: str, names: Container[str]) -> str:
-    """The longest leading part of `key` that is one of `names`, or nothing."""
-    return next((name for name in _leading(key) if name in names), "")
-
-
-def _leading(key: str) -> Iterator[str]:
-    """Everything that `key` may start with as the name of a weight, longest first."""
-    while key:
-        yield key
-        if key.endswith("_lora"):
-            yield key.removesuffix("_lora")
-        key = key.rpartition(".")[0]
 
 
 def _tensors(patch: Any) -> Iterator[Tensor]:
@@ -239,7 +217,7 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
 
 def _fates(
     tensors: Mapping[str, Tensor],
-    known: Container[str],
+    key_map: Mapping[str, Any],
     of_model: Mapping[int, Fate],
     of_text: Mapping[int, Fate],
     summed_text: bool,
@@ -248,28 +226,42 @@ def _fates(
     if summed_text:
         of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
     taken = {**of_model, **of_text}
-    owners = {key: _owner(key, known) for key in tensors}
-    of_weight = {owners[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
+    targets = {key: _target(key, key_map) for key in tensors}
+    of_target = {targets[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
+    adapted = {owner(key, key_map) for key, value in tensors.items() if id(value) in taken and not is_bias(key)}
     fates = {}
     for key, value in tensors.items():
-        number = key.endswith((".alpha", ".reshape_weight"))
-        # of a kind that ComfyUI reads, so only another one can have taken its place
-        untaken = Fate.OVERWRITTEN if owners[key] and _ADAPTER.fullmatch(key) else Fate.UNMATCHED
-        fates[key] = taken.get(id(value)) or (of_weight.get(owners[key]) if number else None) or untaken
+        name, weight = owner(key, key_map), of_target.get(targets[key])
+        if id(value) in taken:
+            fates[key] = taken[id(value)]
+        elif not name:
+            fates[key] = Fate.UNMATCHED
+        elif weight is None or not ADAPTER.fullmatch(key):
+            fates[key] = Fate.UNREAD
+        else:
+            number = name in adapted and key.endswith((".alpha", ".reshape_weight"))
+            fates[key] = weight if number else Fate.OVERWRITTEN
     return fates
 
 
-def _refuse_what_does_nothing(loaded: LoadedLora, network: Network, clip: Any) -> None:
-    name, account = loaded.task.name, loaded.account
-    if any(part.updates or part.patches for part in (loaded.model, loaded.text)):
-        if clip is None and not (loaded.model.updates or loaded.model.patches):
-            raise ModelMismatchError(
-                f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
-            )
+def _target(key: str, key_map: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a tensor changes: which weight or slice of one, and whether it is its bias."""
+    return str(key_map.get(owner(key, key_map))), is_bias(key)
+
+
+def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, clip: Any) -> None:
+    name, fates = loaded.task.name, loaded.account.fates
+    if loaded.model.updates or loaded.model.patches:
         return
-    if set(account.fates.values()) == {Fate.DORMANT}:
+    left = [key for key, fate in fates.items() if fate in LEFT_OUT and not key.startswith(TEXT_ENCODER)]
+    if left or not (loaded.text.updates or loaded.text.patches or set(fates.values()) == {Fate.DORMANT}):
+        raise ModelMismatchError(
+            f"{name} does not fit this model ({network.name}): none of its {len(left) or len(fates)} tensors "
+            f"matched, such as {(left or list(fates))[0]}; was it trained for another base?"
+        )
+    if set(fates.values()) == {Fate.DORMANT}:
         raise LoraError(f"{name} changes nothing: all its updates are zero, or their alpha is. Leave it out.")
-    raise ModelMismatchError(
-        f"{name} does not fit this model ({network.name}): none of its {len(account.fates)} tensors matched; "
-        "was it trained for another base?"
-    )
+    if clip is None:
+        raise ModelMismatchError(
+            f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
+        )

@@ -27,7 +27,13 @@ _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux ma
 def describe(model: Any, loras: Sequence[LoadedLora], sampling: Sampling, context: int, refine: int) -> dict[str, str]:
     """What is known once the statistics are collected."""
     sources = [
-        {**lora.source, "strength": lora.task.strength, "prompts": len(lora.task.conditioning)} for lora in loras
+        {
+            **lora.source,
+            "strength": lora.task.strength,
+            "strength_clip": lora.task.text_strength,
+            "prompts": len(lora.task.conditioning),
+        }
+        for lora in loras
     ]
     choices = {name: value for name, value in vars(sampling).items() if name != "negative"}
     metadata = {

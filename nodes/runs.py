@@ -39,6 +39,10 @@ class Sampling:
         """How many steps are looked at."""
         return self.end - self.start
 
+    def seed_of(self, prompt: int) -> int:
+        """Of the noise of the prompt with this number; the same for every LoRA."""
+        return (self.seed + prompt) % 2**64
+
 
 class Kind(Enum):
     """What a run is for, in the order in which they come."""
@@ -60,8 +64,16 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Those that are sampled unseen included."""
-        return len(self.prompts) * (self.sampling.end if self.task.latent is None else self.sampling.seen)
+        return len(self.prompts) * self.sampling.seen
+
+    @property
+    def unseen(self) -> int:
+        return len(self.prompts) * self.sampling.start
+
+    @property
+    def begins(self) -> bool:
+        """Whether steps are sampled before those that are looked at: once for all runs of the task."""
+        return bool(self.sampling.start and self.task.latent is None and self.kind is Kind.MEASURE)
 
 
 def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,45 +17,77 @@ from .runs import Run, Sampling
 OnStep = Callable[[torch.Tensor], None]
 
 
+def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, before: Any = None) -> list[torch.Tensor]:
+    """The latents of each prompt of `run` after the steps that are not looked at. Nothing listens.
+
+    Args:
+        latent: LATENT, empty.
+        before: the model that samples these steps; None = `patcher`.
+    """
+    model = before or patcher
+    samples, sigmas = _fitting(patcher, latent), _sigmas(model, run.sampling)[: run.sampling.start + 1]
+    sampler = comfy.samplers.sampler_object(run.sampling.sampler)
+    begun = []
+    for index, prompt in enumerate(run.prompts):
+        guider = _conditioned(comfy.samplers.CFGGuider(model), prompt, run)
+        noise = comfy.sample.prepare_noise(samples, run.sampling.seed_of(index), latent.get("batch_index"))
+        options = _options(run, index, latent, on_step)
+        begun.append(guider.sample(noise, samples, sampler, sigmas, **options).cpu())
+    return begun
+
+
 def sample(
-    patcher: Any, run: Run, recording: Recording, latent: dict[str, Any], on_step: OnStep, before: Any = None
+    patcher: Any,
+    run: Run,
+    recording: Recording,
+    latent: dict[str, Any],
+    on_step: OnStep,
+    begun: Sequence[torch.Tensor] = (),
 ) -> None:
     """Sample each prompt of `run` once, with its LoRA active and the recording on.
 
     Args:
         latent: LATENT, empty; not used where the task has images of its own.
-        before: the model that samples the steps before the first that is looked at; None = `patcher`, unhooked.
+        begun: what `begin` gave, if sampling starts later than at the first step.
     """
-    sampling, given = run.sampling, run.task.latent
+    given = run.task.latent
     latent = latent if given is None else dict(given)
     samples = _fitting(patcher, latent)
-    sampler = comfy.samplers.sampler_object(sampling.sampler)
-    sigmas = comfy.samplers.KSampler(
-        patcher, sampling.steps, patcher.load_device, sampling.sampler, sampling.scheduler
-    ).sigmas
-    unseen, seen = sigmas[: sampling.start + 1], sigmas[sampling.start : sampling.end + 1]
+    sampler = comfy.samplers.sampler_object(run.sampling.sampler) if given is None else Revisit()
+    sigmas = _sigmas(patcher, run.sampling)
+    end = len(sigmas) if run.sampling.stop >= run.sampling.steps else run.sampling.stop + 1
     for index, prompt in enumerate(run.prompts):
-        seed = (sampling.seed + index) % 2**64
-        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-        options = {
-            "denoise_mask": latent.get("noise_mask"),
-            "callback": lambda step, x0, x, total: on_step(x0),
-            "disable_pbar": True,
-            "seed": seed,
-        }
-        begun = samples
-        if sampling.start and given is None:
-            first = _conditioned(comfy.samplers.CFGGuider(before or patcher), prompt, sampling)
-            begun = first.sample(noise, samples, sampler, unseen, **options)
-            noise = torch.zeros_like(noise)  # what is left of it is in the latent
-        guider = _conditioned(RecordingGuider(patcher, recording), prompt, sampling)
-        guider.sample(noise, begun, sampler if given is None else Revisit(), seen, **options)
+        noise = comfy.sample.prepare_noise(samples, run.sampling.seed_of(index), latent.get("batch_index"))
+        start = samples
+        if begun:
+            start, noise = begun[index], torch.zeros_like(noise)  # what is left of the noise is in the latent
+        guider = _conditioned(RecordingGuider(patcher, recording), prompt, run)
+        options = _options(run, index, latent, on_step)
+        guider.sample(noise, start, sampler, sigmas[run.sampling.start : end], **options)
 
 
-def _conditioned(guider: Any, prompt: Any, sampling: Sampling) -> Any:
-    negative = {"negative": [*sampling.negative]} if sampling.negative else {}
-    guider.inner_set_conds({"positive": [prompt]} | negative)
-    guider.set_cfg(sampling.cfg if sampling.negative else 1.0)
+def _sigmas(patcher: Any, sampling: Sampling) -> torch.Tensor:
+    """Of the whole schedule; some have another step than was asked for."""
+    sampler = comfy.samplers.KSampler(
+        patcher, sampling.steps, patcher.load_device, sampling.sampler, sampling.scheduler
+    )
+    sigmas: torch.Tensor = sampler.sigmas
+    return sigmas
+
+
+def _options(run: Run, index: int, latent: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
+    return {
+        "denoise_mask": latent.get("noise_mask"),
+        "callback": lambda step, x0, x, total: on_step(x0),
+        "disable_pbar": True,
+        "seed": run.sampling.seed_of(index),
+    }
+
+
+def _conditioned(guider: Any, prompt: Any, run: Run) -> Any:
+    negative = run.sampling.negative if run.task.negative is None else run.task.negative
+    guider.inner_set_conds({"positive": [prompt]} | ({"negative": [*negative]} if negative else {}))
+    guider.set_cfg(run.sampling.cfg if negative else 1.0)
     return guider
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor
 
 from ..ssr_core import Calibration, Lora
@@ -31,6 +32,12 @@ def schema(**fields: Any) -> io.Schema:
     return io.Schema(**{key: value for key, value in fields.items() if key in io.Schema.__dataclass_fields__})
 
 
+def say(cls: type[io.ComfyNode], text: str) -> None:
+    """A line of text on the node that runs."""
+    if PromptServer.instance is not None and cls.hidden.unique_id is not None:
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+
+
 # folds an input away in the frontend, where ComfyUI knows how
 ADVANCED: dict[str, Any] = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
 
@@ -48,6 +55,7 @@ class Task:
     conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
     latent: Mapping[str, Any] | None = None  # ComfyUI's LATENT of images of its own, instead of sampled ones
     clip_strength: float | None = None  # None = `strength`
+    negative: list[Any] | None = None  # CONDITIONING as this LoRA's text encoder reads it, instead of everyone's
 
     @property
     def text_strength(self) -> float:

@@ -11,12 +11,23 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ssr_core import Merge, MergeSettings, Report, Ridge, SSRError, check_rules, merge, parse_rules, treatment_of
+from ..ssr_core import (
+    Merge,
+    MergeSettings,
+    Report,
+    Ridge,
+    Rule,
+    SSRError,
+    check_rules,
+    merge,
+    parse_rules,
+    treatment_of,
+)
 from .lora_model import state_dict
 from .network import GENERIC
 from .provenance import with_settings
 from .sockets import ADVANCED, CATEGORY, LoraModel, LoraModelSocket, SSRStats, Stats, schema
-from .text_encoder import merge_text, summed
+from .text_encoder import merge_text, summed, with_common_names
 
 AUTO = 0.99  # share of each layer's effect that an automatic rank keeps
 
@@ -104,7 +115,7 @@ class SSRSolve(io.ComfyNode):
 
         merged = merge(stats.calibration, settings, on_site)
         text, text_strengths = _merged_text(stats, settings, merged.report.strengths)
-        report = merged.report.with_notes(*_notes(stats, merged.report), *_text_notes(text))
+        report = merged.report.with_notes(*_notes(stats, merged.report, settings.rules), *_text_notes(text))
         return io.NodeOutput(
             LoraModel(
                 _tensors(stats, settings, merged, text, text_strengths),
@@ -119,10 +130,13 @@ def _tensors(
 ) -> dict[str, Tensor]:
     rules = settings.rules
     tensors = state_dict(merged.updates, [one.model for one in stats.loras], merged.report.strengths, rules, "")
-    encoder = text.updates if text else summed(stats.loras, text_strengths)
+    parts = [one.text for one in stats.loras]
+    if not stats.with_clip:
+        parts = with_common_names(parts)
+    encoder = text.updates if text else summed(parts, text_strengths)
     encoder = {site: update for site, update in encoder.items() if treatment_of(site.module, rules) != "drop"}
     prefix = GENERIC if stats.with_clip else ""
-    tensors |= state_dict(encoder, [one.text for one in stats.loras], text_strengths, rules, prefix)
+    tensors |= state_dict(encoder, parts, text_strengths, rules, prefix)
     if not tensors:
         raise SSRError("SSR Solve: the rules for layers leave out every layer, so nothing is left to merge.")
     return tensors
@@ -130,13 +144,18 @@ def _tensors(
 
 def _modules(stats: Stats) -> set[str]:
     """Everything that a rule can name."""
-    text = GENERIC if stats.with_clip else ""
-    modules = {site.module for site in stats.calibration.subspaces}
-    modules |= {site.module for site in stats.text.subspaces} if stats.text else set()
+    text = stats.text.subspaces if stats.text else {}
+    return {site.module for site in (*stats.calibration.subspaces, *text)} | _summed_modules(stats)
+
+
+def _summed_modules(stats: Stats) -> set[str]:
+    """What LoRAs change that was not measured."""
+    prefix = GENERIC if stats.with_clip else ""
+    modules: set[str] = set()
     for lora in stats.loras:
-        modules |= {text + site.module for site in lora.text.updates}
         modules |= {key.rpartition(".")[0] for key in lora.model.patches}
-        modules |= {text + key.rpartition(".")[0] for key in lora.text.patches}
+        modules |= {prefix + key.rpartition(".")[0] for key in lora.text.patches}
+        modules |= set() if stats.with_clip else {site.module for site in lora.text.updates}
     return modules
 
 
@@ -151,10 +170,11 @@ def _merged_text(
     stats: Stats, settings: MergeSettings, strengths: Sequence[float]
 ) -> tuple[Merge | None, tuple[float, ...]]:
     """The merge of the text encoder's parts, if it was measured, and the strengths of these parts."""
-    ratios = [
-        lora.text_strength / lora.strength if lora.strength else 1.0 for lora in (one.task for one in stats.loras)
-    ]
-    scaled = tuple(strength * ratio for strength, ratio in zip(strengths, ratios, strict=True))
+    tasks = [lora.task for lora in stats.loras]
+    scaled = tuple(
+        strength * task.text_strength / task.strength if task.strength else task.text_strength
+        for strength, task in zip(strengths, tasks, strict=True)
+    )
     if stats.text is None:
         return None, scaled
     return merge_text(stats.text, replace(settings, strengths=scaled)), scaled
@@ -165,10 +185,14 @@ def _text_notes(text: Merge | None) -> Iterator[str]:
         yield f"\nText encoder: {text.report}\n"
 
 
-def _notes(stats: Stats, report: Report) -> Iterator[str]:
+def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]:
     """What the numbers of the report do not show: what became of every tensor, and parts that were not routed."""
     for name, lora in zip(report.names, stats.loras, strict=True):
         yield from lora.account.lines(name)
+    if left := [module for module in _summed_modules(stats) if treatment_of(module, rules) == "drop"]:
+        yield f"Of what is summed, {len(left)} layers are left out as asked, such as {min(left)}."
+    if stacked := [site.site for site in report.sites if treatment_of(site.site.module, rules) == "stack"]:
+        yield f"{len(stacked)} sites are stacked as asked, not routed, such as {stacked[0]}."
     corrections = stats.calibration.corrections.values()
     if any(correction.strengths != report.strengths for correction in corrections):
         yield "The refinement was measured at other strengths and is left out; collect at these to have it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import comfy.lora
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, SSRError, StatisticsCollector, merge
 from ..ssr_core.site import sum_by_site
 from .network import GENERIC
-from .sockets import LoadedLora, Task
+from .sockets import LoadedLora, Part, Task
 
 T = TypeVar("T")
 
@@ -38,8 +39,12 @@ def encode(clip: Any, text: str) -> list[Any]:
     return [[cond, {**options, PROMPT: Prompt(text, cond)}] for cond, options in entries]
 
 
-def calibrate_text(clip: Any, loras: Sequence[LoadedLora]) -> tuple[list[Task], Calibration | None]:
+def calibrate_text(
+    clip: Any, loras: Sequence[LoadedLora], negative: Sequence[Any] = ()
+) -> tuple[list[Task], Calibration | None]:
     """Encode the prompts of each task again, its LoRA active on the text encoder, and measure there.
+
+    So is `negative`, CONDITIONING for all tasks, where its text is known.
 
     Returns the tasks with these encodings, which is what the model will see, and the statistics of the text encoder;
     None if no LoRA changes it.
@@ -50,17 +55,18 @@ def calibrate_text(clip: Any, loras: Sequence[LoadedLora]) -> tuple[list[Task], 
     tasks = [lora.task for lora in loras]
     if clip is None or not any(lora.text.updates or lora.text.patches for lora in loras):
         return tasks, None
-    texts = [_texts(task) for task in tasks]
+    for task in tasks:
+        _check_texts(task)
     if not any(lora.text.updates for lora in loras):
-        return [_encoded(clip, lora, prompts) for lora, prompts in zip(loras, texts, strict=True)], None
+        return [_encoded(clip, lora, negative) for lora in loras], None
     collector = StatisticsCollector([lora.text_lora for lora in loras])
     encoded: list[Task] = []
     for survey in (CONTEXT, 0):  # first for the context rows, then to measure with them
         encoded = []
-        for index, (lora, prompts) in enumerate(zip(loras, texts, strict=True)):
+        for index, lora in enumerate(loras):
             with collector.recording(index, survey) as recording:
                 recording.attach(clip.cond_stage_model)
-                encoded.append(_encoded(clip, lora, prompts))
+                encoded.append(_encoded(clip, lora, negative))
         if survey:
             collector.see(survey)
     return encoded, _spelt_out(collector.calibration())
@@ -81,43 +87,68 @@ def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
     return merge(calibration, replace(settings, ridge=ridge))
 
 
-def summed(loras: Sequence[LoadedLora], strengths: Sequence[float]) -> dict[Site, LowRankUpdate]:
-    """The plain sum of the text encoder's updates, for want of statistics.
+def with_common_names(parts: Sequence[Part]) -> list[Part]:
+    """Parts of files that name the text encoder's layers in several ways, with one name for each: the first one's.
 
-    Files spell its layers in several ways, and of two that mean the same one ComfyUI would load only the last; each
-    gets the name that the first LoRA has for it.
+    Of two names that mean the same layer ComfyUI would load only one.
     """
     names: dict[str, str] = {}
-    pieces = []
-    for lora, strength in zip(loras, strengths, strict=True):
-        for site, update in lora.text.updates.items():
-            module = names.setdefault(_MEANINGS.get(site.module, site.module), site.module)
-            pieces.append((replace(site, module=module), update.scaled(strength)))
-    return sum_by_site(pieces)
+
+    def named(module: str) -> str:
+        return names.setdefault(_meanings().get(module, module), module)
+
+    def moved(key: str) -> str:
+        module, dot, kind = key.rpartition(".")
+        return named(module) + dot + kind
+
+    return [
+        Part(
+            {replace(site, module=named(site.module)): update for site, update in part.updates.items()},
+            {moved(key): patch for key, patch in part.patches.items()},
+        )
+        for part in parts
+    ]
 
 
-def _texts(task: Task) -> list[Prompt]:
-    prompts = [options.get(PROMPT) for _, options in task.conditioning]
-    if None in prompts:
+def summed(parts: Sequence[Part], strengths: Sequence[float]) -> dict[Site, LowRankUpdate]:
+    """The plain sum of the text encoder's updates, for want of statistics."""
+    return sum_by_site(
+        (site, update.scaled(strength))
+        for part, strength in zip(parts, strengths, strict=True)
+        for site, update in part.updates.items()
+    )
+
+
+def _check_texts(task: Task) -> None:
+    if any(PROMPT not in options for _, options in task.conditioning):
         raise SSRError(
             f"{task.name}: clip is connected, but the text of its calibration prompts is not known. Encode them with "
             "SSR Prompts, or disconnect clip from SSR Collect Stats to have the text encoder's parts summed."
         )
-    return prompts
 
 
-def _encoded(clip: Any, lora: LoadedLora, prompts: Sequence[Prompt]) -> Task:
+def _encoded(clip: Any, lora: LoadedLora, negative: Sequence[Any]) -> Task:
     """The task with its prompts as its own LoRA makes the text encoder read them."""
     if lora.text.patches:
         clip = clip.clone()
         clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
-    entries = []
-    for (cond, options), prompt in zip(lora.task.conditioning, prompts, strict=True):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        ((own, found), *_) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text))
-        # whatever other nodes did to an entry is kept: to its options as well as, then unread, to its tensor
-        entries.append([own, {**options, **found}] if cond is prompt.encoded else [cond, options])
-    return replace(lora.task, conditioning=entries)
+    positive, other = ([_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative))
+    return replace(lora.task, conditioning=positive, negative=other)
+
+
+def _anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
+    """An entry of CONDITIONING encoded again, if its text is known and its tensor is still what the text gave.
+
+    Whatever other nodes did to it is kept: to its options as well as, then unread, to its tensor.
+    """
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    cond, options = entry
+    if PROMPT not in options:
+        return [cond, options]
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(options[PROMPT].text))
+    begins = options.get("clip_start_percent")  # of a schedule, the part that this entry is for
+    own, found = next((one for one in encoded if one[1].get("clip_start_percent") == begins), encoded[0])
+    return [own, {**options, **found}] if cond is options[PROMPT].encoded else [cond, options]
 
 
 class _ClipLayers:
@@ -130,4 +161,7 @@ class _ClipLayers:
         return {f"{clip}.{name}": None for clip in ("clip_l", "clip_g") for name in names}
 
 
-_MEANINGS: dict[str, str] = comfy.lora.model_lora_keys_clip(_ClipLayers(), {})
+@cache
+def _meanings() -> dict[str, str]:
+    """By the name that a file has for a layer of CLIP-L or CLIP-G, which layer it is."""
+    return dict(comfy.lora.model_lora_keys_clip(_ClipLayers(), {}))

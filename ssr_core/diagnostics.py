@@ -81,6 +81,7 @@ class SiteReport:
     condition: float = math.nan  # of the correlation matrix with its ridge, scaled to a unit diagonal
     energy: float = 1.0  # share of the update's effect that truncation kept
     coverage: tuple[int, ...] = ()  # (K,) noise levels seen, or samples where levels are not known
+    has_levels: bool = True  # which of the two
     spectrum: tuple[float, ...] = ()  # share of the effect along each direction, largest first; empty if not computed
 
     @property
@@ -162,11 +163,12 @@ class Report:
             remarks.append(f"{_count(dropped)} left out as asked: {_some(dropped)}.")
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
-        seen = [count for site in self.routed for count in site.coverage if count]
-        if seen and max(seen) < FEW_LEVELS:
+        seen = max((count for site in self.routed for count in site.coverage), default=0)
+        if 0 < seen < FEW_LEVELS:
+            what, more = ("noise level", "steps") if self.routed[0].has_levels else ("sample", "prompts")
             remarks.append(
-                f"The LoRAs were seen at {max(seen)} noise level{'s' * (max(seen) > 1)} only, so the merge leans "
-                f"towards their mean. Collect with {FEW_LEVELS} steps or more."
+                f"The LoRAs were seen at {seen} {what}{'s' * (seen > 1)} only, so the merge leans towards their mean. "
+                f"Collect with {FEW_LEVELS} {more} or more."
             )
         if line := self._error_against_rank():
             remarks.append(line)

@@ -75,6 +75,11 @@ class LowRankUpdate:
         """The update as a weight, (out, in, *kernel), float32. For tests and small layers."""
         return (self.up.float() @ self.down.float().flatten(1)).reshape(self.out_features, *self.in_shape)
 
+    def squared_norm(self) -> float:
+        """Of the dense update, which is not formed."""
+        up, down = self.up.float(), self.down.float().flatten(1)
+        return float(((up.mT @ up) * (down @ down.mT)).sum())
+
     def scaled(self, strength: float) -> LowRankUpdate:
         return self if strength == 1.0 else replace(self, up=self.up.float() * strength)
 

@@ -158,7 +158,9 @@ def _merge_routed(
     kept = residuals(statistics, scaled, router, None if correction is None else basis)
     seen, condition = statistics, equations.condition
     ranks = (scaled.ranks, update.rank)
-    return update, SiteReport(site, *ranks, seen.tokens, kept, condition, energy, seen.coverage, spectrum)
+    return update, SiteReport(
+        *(site, *ranks, seen.tokens, kept, condition, energy, seen.coverage, seen.has_levels, spectrum)
+    )
 
 
 def _left_out(
@@ -169,7 +171,7 @@ def _left_out(
     if statistics is None:
         return nothing, SiteReport(site, scaled.ranks, 0)
     lost = residuals(statistics, scaled, torch.zeros(scaled.rank, scaled.down.shape[0], dtype=torch.float64))
-    return nothing, SiteReport(site, scaled.ranks, 0, statistics.tokens, lost, coverage=statistics.coverage)
+    return nothing, SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
 
 
 def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:

@@ -17,7 +17,7 @@ from .recording import Place, Recording, Signal, Tap, first_of
 from .site import Site
 from .subspace import Subspace
 
-Updates = list[tuple[Site, Tensor, Tensor]]  # down and up of each
+Placed = list[tuple[Site, Tensor, Tensor]]  # down and up of each update, where the layer computes
 
 TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
@@ -72,6 +72,8 @@ class Refinement(Recording):
             StatisticsError: activations were not finite.
         """
         for site, seen in self.statistics():
+            if site not in self._targets:
+                continue  # its layer never ran
             space = self._subspaces[site]
             target = torch.zeros(len(space.ranks), *self._targets[site].shape)
             target[self.task] = self._targets[site].to("cpu", torch.float32)
@@ -81,9 +83,9 @@ class Refinement(Recording):
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
         waiting = self._waiting.setdefault(layer.name, deque())
-        placed: dict[Place, tuple[Updates, Updates, list[Tensor]]] = {}
+        placed: dict[Place, tuple[Placed, Placed, list[Tensor]]] = {}
 
-        def place(where: Place) -> tuple[Updates, Updates, list[Tensor]]:
+        def place(where: Place) -> tuple[Placed, Placed, list[Tensor]]:
             """The LoRA's own updates, those of the merge, and each signal's `down`."""
             own = [(site, signal.down[rows], up) for signal in tap.signals for site, rows, up in signal.updates]
             merged = [

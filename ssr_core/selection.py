@@ -56,16 +56,16 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
     """
     rules: list[Rule] = []
     for line in re.split(r"[\n;]", text):
-        treatment, _, rest = line.partition("#")[0].strip().partition(" ")
+        treatment, *patterns = re.split(r"[\s,]+", line.partition("#")[0].strip().rstrip(","))
         if not treatment:
             continue
-        patterns = [pattern for pattern in re.split(r"[\s,]+", rest) if pattern]
         if treatment not in get_args(Treatment) or not patterns:
             raise SSRError(
                 f"{line.strip()!r} is no rule for layers; write keep, stack or drop and what, such as "
                 "'drop mlp' or 'stack single_blocks.0-18'."
             )
-        rules += [Rule(cast(Treatment, treatment), pattern.removesuffix(".")) for pattern in patterns]
+        words = (pattern.lower() if pattern.lower() in _WORDS else pattern.removesuffix(".") for pattern in patterns)
+        rules += [Rule(cast(Treatment, treatment), word) for word in words]
     return tuple(rules)
 
 

@@ -29,6 +29,10 @@ class SufficientStatistics:
         object.__setattr__(self, "levels", self.levels or (frozenset(),) * len(self.tokens))
 
     @property
+    def has_levels(self) -> bool:
+        return any(self.levels)
+
+    @property
     def coverage(self) -> tuple[int, ...]:
         """(K,) how many different situations were seen: noise levels, or samples where the levels are not known."""
         return tuple(len(levels) or samples for levels, samples in zip(self.levels, self.samples, strict=True))

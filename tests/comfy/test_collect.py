@@ -29,7 +29,8 @@ def bypass_sample(model, one_task, steps=4, before=None, **options):
     how = runs.Sampling(0, steps, "euler", "simple", **options)
     with torch.inference_mode(), collector.recording(0) as recording:
         run = runs.Run(0, one_task, one_task.conditioning, how, runs.Kind.MEASURE)
-        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append, before)
+        begun = sampling.begin(model, run, empty_latent(), seen.append, before) if run.begins else ()
+        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append, begun)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])
@@ -291,3 +292,38 @@ def test_a_range_without_steps_is_refused(tiny_flux, start, end):
     core = importlib.import_module("ssr_pack.ssr_core")
     with pytest.raises(core.SSRError, match=f"no step from start_at_step {start} to end_at_step {end} among 4"):
         collect(tiny_flux(), task(LORAS["kohya"]()), start_at_step=start, end_at_step=end)
+
+
+def test_the_unseen_steps_are_sampled_once_for_all_runs(tiny_flux):
+    first, model = tiny_flux(), tiny_flux(seed=5)
+    calls = []
+    first.model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
+    tasks = [task(LORAS[name](), name, seeds=(1, 2)) for name in ("kohya", "generic")]
+    collect(model, *tasks, steps=6, start_at_step=2, refine=1, model_before=first)
+    assert len(calls) == 2 * 2 * 2  # LoRAs, prompts, steps
+
+
+def test_a_model_before_without_a_step_for_it_is_refused(tiny_flux):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match="model_before is connected, but start_at_step is 0"):
+        collect(tiny_flux(), task(LORAS["kohya"]()), model_before=tiny_flux())
+
+
+def test_a_schedule_with_a_step_more_than_asked_for_is_seen_to_its_end(tiny_flux):
+    import comfy.samplers
+
+    model, tasks = tiny_flux(), [task(LORAS[name]()) for name in ("kohya", "generic")]
+    found = collect(model, *tasks, steps=6, scheduler="ddim_uniform")
+    sampler = comfy.samplers.KSampler(model, 6, model.load_device, "euler", "ddim_uniform")
+    assert len(levels(found)) == len(sampler.sigmas) - 1
+
+
+def test_a_layer_that_never_runs_is_told_and_stops_nothing(tiny_flux):
+    model = tiny_flux()
+    model.model.diffusion_model.idle = torch.nn.Linear(128, 128)
+    loras = [LORAS["kohya"](), LORAS["generic"]()]
+    for lora in loras:
+        lora["diffusion_model.idle.lora_A.weight"] = torch.randn(2, 128)
+        lora["diffusion_model.idle.lora_B.weight"] = torch.randn(128, 2)
+    _, report = solve(collect(model, *map(task, loras), steps=3, refine=1))
+    assert "1 layers never ran while collecting, such as diffusion_model.idle" in report

@@ -243,3 +243,63 @@ def test_a_stack_that_names_a_file_nobody_has_is_refused(clip, files):
     core = importlib.import_module("ssr_pack.ssr_core")
     with pytest.raises(core.LoraError, match=r"no LoRA file 'gone\.safetensors'"):
         add_stack(clip, [("gone.safetensors", 1.0, 1.0)], "a prompt")
+
+
+# --- more ---
+
+
+def test_a_lora_may_change_the_text_encoder_only_by_its_strengths(model, clip):
+    loras = with_model("kohya", "generic")
+    sockets = importlib.import_module("ssr_pack.nodes.sockets")
+    tasks = [sockets.Task("a", loras[0], 0.0, prompts(clip, PROMPTS[0]), None, 1.0), tasks_of(clip, loras)[1]]
+    for connected in (clip, None):
+        lora, _ = solve(collect(model, *tasks, steps=1, clip=connected), routing=0.0)
+        assert relative(read(apply_to(clip, model, lora)), read(load_text(clip, *loras))) < 1e-5
+
+
+def test_a_lora_of_another_base_is_not_accepted_for_its_text_encoder(model, clip):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    wrong = {f"lora_unet_input_blocks_4_1_proj_in.lora_{half}.weight": torch.ones(4, 4) for half in ("up", "down")}
+    good, bad = tasks_of(clip, [with_model("kohya")[0], wrong | text_lora("kohya", seed=2)])
+    for connected in (clip, None):
+        with pytest.raises(core.ModelMismatchError, match=r"lora1 does not fit this model .* none of its 2 tensors"):
+            collect(model, good, bad, steps=1, clip=connected)
+
+
+def test_at_least_one_lora_must_change_the_model(model, clip):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    tasks = tasks_of(clip, [text_lora("kohya", seed=seed) for seed in (1, 2)])
+    with pytest.raises(core.LoraError, match="None of lora0, lora1 changes a layer of the model"):
+        collect(model, *tasks, steps=1, clip=clip)
+
+
+def test_differences_in_two_spellings_are_summed_too(model, clip):
+    loras = with_model("kohya", "diffusers")
+    loras[0]["lora_te1_text_model_encoder_layers_0_mlp_fc1.diff_b"] = torch.full((128,), 0.3)
+    loras[1]["text_encoder.text_model.encoder.layers.0.mlp.fc1.diff_b"] = torch.full((128,), -0.8)
+    for connected in (clip, None):
+        lora, _ = solve(collect(model, *tasks_of(clip, loras), steps=1, clip=connected), routing=0.0)
+        assert relative(read(apply_to(clip, model, lora)), read(load_text(clip, *loras))) < 1e-5
+
+
+def test_a_negative_prompt_of_known_text_is_read_with_each_lora(model, clip):
+    patches, text_encoder = (importlib.import_module(f"ssr_pack.nodes.{name}") for name in ("patches", "text_encoder"))
+    loras = with_model("kohya", "generic")
+    negative = [*prompts(clip, "blurry"), [torch.zeros(1, 77, 64), {}]]
+    with torch.inference_mode():
+        read_loras = [patches.read_task(task, model, clip) for task in tasks_of(clip, loras)]
+        tasks, _ = text_encoder.calibrate_text(clip, read_loras, negative)
+        for task, lora in zip(tasks, loras, strict=True):
+            assert relative(task.negative[0][0], read(load_text(clip, lora), "blurry")) < 1e-5
+            assert torch.equal(task.negative[1][0], negative[1][0])
+    collect(model, *tasks_of(clip, loras), steps=1, clip=clip, negative=negative, cfg=3.0)
+
+
+def test_few_prompts_are_told_as_such_and_not_as_few_steps(model, clip):
+    loras = with_model("kohya", "generic")
+    tasks = tasks_of(clip, loras)
+    for task in tasks:
+        del task.conditioning[2:]
+    _, report = solve(collect(model, *tasks, steps=4, clip=clip))
+    assert "seen at 2 samples only" in report and "prompts or more" in report
+    assert "noise level" not in report
