@@ -6,6 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from .keys import ADAPTER, is_bias, owner
 
 
 class Fate(Enum):
@@ -69,3 +74,43 @@ class Account:
             f"{text}, keeping {100 * kept:.1f} % of their energy (least: {100 * worst.kept:.1f} % at {worst.layer}). "
             "A higher expand_rank in SSR Collect Stats keeps more."
         )
+
+
+def fates_of(
+    tensors: Mapping[str, Tensor],
+    key_map: Mapping[str, Any],
+    of_model: Mapping[int, Fate],
+    of_text: Mapping[int, Fate],
+    summed_text: bool,
+) -> dict[str, Fate]:
+    """Of every tensor of a file. Those that ComfyUI only read a number from share the fate of their weight's.
+
+    Args:
+        key_map: ComfyUI's, from names to weights.
+        of_model, of_text: by the identity of the tensors that ComfyUI took, what became of them in either network.
+        summed_text: whether the text encoder's are only summed.
+    """
+    if summed_text:
+        of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
+    taken = {**of_model, **of_text}
+    targets = {key: _target(key, key_map) for key in tensors}
+    of_target = {targets[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
+    adapted = {owner(key, key_map) for key, value in tensors.items() if id(value) in taken and not is_bias(key)}
+    fates = {}
+    for key, value in tensors.items():
+        name, weight = owner(key, key_map), of_target.get(targets[key])
+        if id(value) in taken:
+            fates[key] = taken[id(value)]
+        elif not name:
+            fates[key] = Fate.UNMATCHED
+        elif weight is None or not ADAPTER.fullmatch(key):
+            fates[key] = Fate.UNREAD
+        else:
+            number = name in adapted and key.endswith((".alpha", ".reshape_weight"))
+            fates[key] = weight if number else Fate.OVERWRITTEN
+    return fates
+
+
+def _target(key: str, key_map: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a tensor changes: which weight or slice of one, and whether it is its bias."""
+    return str(key_map.get(owner(key, key_map))), is_bias(key)

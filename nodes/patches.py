@@ -22,8 +22,8 @@ from ..ssr_core.expansion import RANK
 from ..ssr_core.files import find_pairs, sha256
 from ..ssr_core.site import sum_by_site
 from . import adapters
-from .account import LEFT_OUT, Account, Expanded, Fate
-from .keys import ADAPTER, TEXT_ENCODER, is_bias, owner
+from .account import LEFT_OUT, Account, Expanded, Fate, fates_of
+from .keys import ADAPTER, TEXT_ENCODER, owner
 from .network import NamesOnly, Network
 from .sockets import LoadedLora, Part, Patch, Task
 
@@ -49,7 +49,7 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
     find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
     of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
     of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
-    fates = _fates(tensors, known, of_model.fates, of_text.fates, summed_text=clip is None)
+    fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=clip is None)
     account = Account(fates, (*of_model.expanded, *of_text.expanded))
     loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
     _refuse_what_does_not_fit(loaded, network, clip)
@@ -213,40 +213,6 @@ def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:
 def _tensors(patch: Any) -> Iterator[Tensor]:
     held = patch[1] if isinstance(patch, tuple) else patch.weights
     return (value for value in held if isinstance(value, Tensor))
-
-
-def _fates(
-    tensors: Mapping[str, Tensor],
-    key_map: Mapping[str, Any],
-    of_model: Mapping[int, Fate],
-    of_text: Mapping[int, Fate],
-    summed_text: bool,
-) -> dict[str, Fate]:
-    """Of every tensor of the file. Those that ComfyUI only read a number from share the fate of their weight's."""
-    if summed_text:
-        of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
-    taken = {**of_model, **of_text}
-    targets = {key: _target(key, key_map) for key in tensors}
-    of_target = {targets[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
-    adapted = {owner(key, key_map) for key, value in tensors.items() if id(value) in taken and not is_bias(key)}
-    fates = {}
-    for key, value in tensors.items():
-        name, weight = owner(key, key_map), of_target.get(targets[key])
-        if id(value) in taken:
-            fates[key] = taken[id(value)]
-        elif not name:
-            fates[key] = Fate.UNMATCHED
-        elif weight is None or not ADAPTER.fullmatch(key):
-            fates[key] = Fate.UNREAD
-        else:
-            number = name in adapted and key.endswith((".alpha", ".reshape_weight"))
-            fates[key] = weight if number else Fate.OVERWRITTEN
-    return fates
-
-
-def _target(key: str, key_map: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a tensor changes: which weight or slice of one, and whether it is its bias."""
-    return str(key_map.get(owner(key, key_map))), is_bias(key)
 
 
 def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, clip: Any) -> None:
