@@ -36,32 +36,28 @@ def residuals(
         router: (rank, R), as it is in the result: blended and truncated.
         basis: (out, rank) that the router writes to instead of the LoRAs' own `up`.
     """
+    energy = scaled.energy
     if basis is not None:  # both side by side, so that they can be compared
         router = torch.cat([router.new_zeros(scaled.rank, router.shape[1]), router])
-    up = scaled.up if basis is None else torch.cat([scaled.up.to(basis), basis], dim=1)
-    energy = _energy(up)
+        shared = scaled.up.mT.to(basis) @ basis
+        energy = torch.cat([torch.cat([energy, shared], 1), torch.cat([shared.mT, basis.mT @ basis], 1)])
     plain = torch.eye(*router.shape, dtype=torch.float64)
     plain[scaled.rank :] = 0
     found = []
     for base, gram, block in zip(effects(statistics, scaled), statistics.gram, scaled.blocks, strict=True):
         alone = torch.zeros_like(plain)
         alone[block] = plain[block]
-        found.append(Residual(base, *(_squared(energy, r - alone, gram) for r in (plain, router))))
+        stack = plain[: scaled.rank] - alone[: scaled.rank]
+        found.append(Residual(base, _squared(scaled.energy, stack, gram), _squared(energy, router - alone, gram)))
     return tuple(found)
 
 
 def effects(statistics: SufficientStatistics, scaled: Subspace) -> list[float]:
     """(K,) the whole effect of each LoRA: the sum over its own tokens of |up_k z_k|^2."""
-    energy = _energy(scaled.up)
     return [
-        float((energy[block, block] * gram[block, block]).sum())
+        float((scaled.energy[block, block] * gram[block, block]).sum())
         for gram, block in zip(statistics.gram, scaled.blocks, strict=True)
     ]
-
-
-def _energy(up: Tensor) -> Tensor:
-    """E = up^T up, (rank, rank): |up c|^2 = c^T E c"""
-    return (up.mT.double() @ up.double()).cpu()
 
 
 def _squared(energy: Tensor, difference: Tensor, gram: Tensor) -> float:
@@ -78,7 +74,7 @@ class SiteReport:
     rank: int  # of the result
     tokens: tuple[int, ...] = ()  # (K,); empty where nothing was measured
     residuals: tuple[Residual, ...] = ()  # (K,)
-    condition: float = math.nan  # of the correlation matrix with its ridge, scaled to a unit diagonal
+    condition: float = math.nan  # of the correlation matrix with its ridge: a lower bound, from its pivots
     energy: float = 1.0  # share of the update's effect that truncation kept
     coverage: tuple[int, ...] = ()  # (K,) noise levels seen, or samples where levels are not known
     has_levels: bool = True  # which of the two

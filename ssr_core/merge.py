@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,10 +15,11 @@ from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
 from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
-from .rank import isotropic_factor, spread_ranks, truncate
-from .router import Ridge, normal_equations, solve_router, solve_up
+from .rank import Directions, spread_ranks
+from .router import Ridge
 from .selection import Rule, treatment_of
 from .site import Site
+from .solution import Solution, solve_site
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
 
@@ -56,7 +57,7 @@ class MergeSettings:
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
 
-KEEP_ALL = 1 - 1e-9  # a share of energy: the directions of a site in order, none of them lost
+REMEMBERED_BYTES = 2**30  # of directions that are kept between the two passes over the sites that spread ranks take
 
 MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, corrected=False, count_absent=False)
 
@@ -99,89 +100,44 @@ def merge(
 
     treatments = {site: treatment_of(site.module, settings.rules) for site in calibration.subspaces}
 
-    def merged(site: Site, rank: float) -> tuple[LowRankUpdate, SiteReport]:
-        scaled = calibration.subspaces[site].scaled(strengths)
-        if treatments[site] == "drop":
-            return _left_out(site, scaled, measured.get(site))
-        here = replace(settings, rank=rank, routing=0.0 if treatments[site] == "stack" else settings.routing)
-        if site not in measured:
-            return _pass_through(site, scaled, here)
-        return _merge_routed(site, scaled, measured[site], corrections.get(site), weights[site], here)
+    def solved(site: Site) -> Solution:
+        return solve_site(
+            *(site, calibration.subspaces[site].scaled(strengths), measured.get(site), corrections.get(site)),
+            *(weights[site], settings.ridge, 0.0 if treatments[site] == "stack" else settings.routing),
+        )
 
     spread = settings.spread and settings.rank >= 1
     kept = [site for site, treatment in treatments.items() if treatment != "drop"]
     total = len(calibration.subspaces) + len(kept) * spread
     spectra: dict[Site, tuple[float, ...]] = {}
+    known: dict[Site, Directions] = {}  # which take longest to find
     for site in kept if spread else ():
         on_site(len(spectra), total)
-        spectra[site] = merged(site, KEEP_ALL)[1].spectrum
+        directions = solved(site).directions()
+        spectra[site] = directions.spectrum
+        if sum(found.vectors.nbytes for found in known.values()) < REMEMBERED_BYTES:
+            known[site] = directions
     costs = {
         site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
     }
     ranks = spread_ranks(spectra, costs, int(settings.rank))
     for done, site in enumerate(calibration.subspaces):
         on_site(total - len(calibration.subspaces) + done, total)
-        update, report = merged(site, ranks.get(site, settings.rank))
+        if treatments[site] == "drop":
+            reports.append(_left_out(site, calibration.subspaces[site].scaled(strengths), measured.get(site)))
+            continue
+        update, report = solved(site).cut(ranks.get(site, settings.rank), known.pop(site, None))
         reports.append(report)
-        if update.rank:
-            updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+        updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
 
 
-def _merge_routed(
-    site: Site,
-    scaled: Subspace,
-    statistics: SufficientStatistics,
-    correction: Correction | None,
-    weights: Sequence[float],
-    settings: MergeSettings,
-) -> tuple[LowRankUpdate, SiteReport]:
-    equations = normal_equations(statistics, scaled, weights, settings.ridge, site, correction)
-    # what is written is `basis` @ `router` @ z
-    basis = scaled.up.double()
-    router = plain = torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
-    if settings.routing and correction is not None:
-        basis = torch.lerp(basis @ plain, solve_up(equations, scaled, correction, weights), settings.routing)
-        router = torch.eye(len(plain.mT), dtype=torch.float64)
-    elif settings.routing:
-        router = torch.lerp(plain, solve_router(equations), settings.routing)
-    # context rows cost no rank: the joint rank is all there is, and cutting to it loses nothing (without corrections)
-    rank = settings.rank or (scaled.rank if scaled.context and settings.routing else 0)
-    update, energy = LowRankUpdate(scaled.down, basis @ router), 1.0
-    spectrum: tuple[float, ...] = ()
-    if not (rank or settings.routing):
-        update = scaled.plain_stack()
-    elif rank:
-        update, truncation = truncate(update, equations.factor, rank)
-        router, energy = router @ truncation.projection, truncation.energy if settings.rank else 1.0
-        spectrum = truncation.spectrum
-    kept = residuals(statistics, scaled, router, None if correction is None else basis)
-    seen, condition = statistics, equations.condition
-    ranks = (scaled.ranks, update.rank)
-    return update, SiteReport(
-        *(site, *ranks, seen.tokens, kept, condition, energy, seen.coverage, seen.has_levels, spectrum)
-    )
-
-
-def _left_out(
-    site: Site, scaled: Subspace, statistics: SufficientStatistics | None
-) -> tuple[LowRankUpdate, SiteReport]:
-    """An update of rank 0, and what is lost with it."""
-    nothing = LowRankUpdate(scaled.down[:0], scaled.up[:, :0])
+def _left_out(site: Site, scaled: Subspace, statistics: SufficientStatistics | None) -> SiteReport:
+    """What is lost with a site."""
     if statistics is None:
-        return nothing, SiteReport(site, scaled.ranks, 0)
+        return SiteReport(site, scaled.ranks, 0)
     lost = residuals(statistics, scaled, torch.zeros(scaled.rank, scaled.down.shape[0], dtype=torch.float64))
-    return nothing, SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
-
-
-def _pass_through(site: Site, scaled: Subspace, settings: MergeSettings) -> tuple[LowRankUpdate, SiteReport]:
-    """The update of the only task, or of the only one that has a LoRA here, as it is."""
-    update, energy = scaled.task(scaled.present[0]), 1.0
-    spectrum: tuple[float, ...] = ()
-    if settings.rank:
-        update, truncation = truncate(update, isotropic_factor(update), settings.rank)
-        energy, spectrum = truncation.energy, truncation.spectrum
-    return update, SiteReport(site, scaled.ranks, update.rank, energy=energy, spectrum=spectrum)
+    return SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
 
 
 def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:

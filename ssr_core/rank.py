@@ -28,30 +28,61 @@ class Truncation:
         """(R, R)"""
         return self.left @ self.right
 
+    def applied(self, down: Tensor, up: Tensor, router: Tensor | None = None) -> LowRankUpdate:
+        """The smaller update of up @ router @ down, all float64 but for `down`, which is (R, in, *kernel)."""
+        left = self.left if router is None else router @ self.left
+        smaller = self.right @ down.flatten(1).double()
+        return LowRankUpdate(smaller.reshape(len(smaller), *down.shape[1:]), up @ left).balanced()
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The directions of an update in the order of their effect on the activations."""
+
+    values: Tensor  # (R,) sum over tokens of what each direction writes, squared; largest first
+    vectors: Tensor  # (R, R)
+
+    @classmethod
+    def of(cls, energy: Tensor, factor: Tensor) -> Directions:
+        """By the SVD of up L, with G = L L^T the Gram of z (Eckart-Young in that metric).
+
+        Args:
+            energy: up^T up, (R, R) float64.
+            factor: L, (R, R) lower triangular, float64.
+        """
+        values, vectors = torch.linalg.eigh(factor.mT @ energy @ factor)
+        return cls(values.flip(0).clamp_min(0), vectors.flip(1))
+
+    @property
+    def spectrum(self) -> tuple[float, ...]:
+        """Share of the effect along each direction."""
+        return tuple((self.values / self.values.sum().clamp_min(torch.finfo(torch.float64).tiny)).tolist())
+
+    def cut(self, factor: Tensor, rank: float, most: int) -> Truncation:
+        """To a number of directions, or, between 0 and 1, to those with that share of energy; `most` at most."""
+        values, total = self.values, self.values.sum()
+        count = _count(values, min(rank, most))
+        # the scale is split evenly between the factors, which survives half precision best
+        gain = values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        left = factor @ self.vectors[:, :count] / gain
+        right = torch.linalg.solve_triangular(factor.mT, self.vectors[:, :count], upper=True).mT * gain[:, None]
+        kept = float(values[:count].sum() / total) if total > 0 else 1.0
+        return Truncation(left, right, kept, self.spectrum)
+
 
 def truncate(update: LowRankUpdate, factor: Tensor, rank: float) -> tuple[LowRankUpdate, Truncation]:
     """The update of at most `rank` that is nearest on the activations: min sum over tokens |(M - M_rank) z|^2.
 
-    By the SVD of up L, with G = L L^T the Gram of z (Eckart-Young in that metric). The dense update is never formed.
+    The dense update is never formed.
 
     Args:
         update: of rank R.
         factor: L, (R, R) lower triangular, float64.
         rank: a number of directions, or, between 0 and 1, the share of energy to keep.
     """
-    energy_by_up = update.up.mT.double() @ update.up.double()
-    values, vectors = torch.linalg.eigh(factor.mT @ energy_by_up @ factor)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)  # largest first
-    count = _count(values, min(rank, update.down[0].numel(), update.out_features))
-    sigma = values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    # the scale is split evenly between the factors, which survives half precision best
-    gain = sigma.sqrt()
-    left = factor @ vectors[:, :count] / gain
-    right = torch.linalg.solve_triangular(factor.mT, vectors[:, :count], upper=True).mT * gain[:, None]
-    kept = float(values[:count].sum() / values.sum()) if values.sum() > 0 else 1.0
-    down = (right @ update.down.flatten(1).double()).reshape(count, *update.in_shape)
-    shares = tuple((values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)).tolist())
-    return LowRankUpdate(down, update.up.double() @ left).balanced(), Truncation(left, right, kept, shares)
+    up = update.up.double()
+    found = Directions.of(up.mT @ up, factor).cut(factor, rank, min(update.down[0].numel(), update.out_features))
+    return found.applied(update.down, up), found
 
 
 def spread_ranks(spectra: Mapping[T, Sequence[float]], costs: Mapping[T, int], rank: int) -> dict[T, int]:

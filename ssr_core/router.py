@@ -88,12 +88,18 @@ class NormalEquations:
         values = torch.linalg.eigvalsh(self._scaled)
         return float(values[-1] / values[0]) if values[0] > 0 else math.inf
 
-    @property
+    @cached_property
+    def condition_bound(self) -> float:
+        """Not more than `condition`, and nearly free: from the pivots of the factor."""
+        pivots = self.factor.diagonal() / self._scale
+        return float((pivots.max() / pivots.min()) ** 2)
+
+    @cached_property
     def _scale(self) -> Tensor:
         diagonal = self.correlation.diagonal() + self.penalties
         return diagonal.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
 
-    @property
+    @cached_property
     def _scaled(self) -> Tensor:
         # to a unit diagonal: rows of `down` may differ by orders of magnitude
         return (self.correlation + self.penalties.diag()) / self._scale / self._scale[:, None]

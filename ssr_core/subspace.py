@@ -95,7 +95,10 @@ class Subspace:
     def scaled(self, strengths: Sequence[float]) -> Subspace:
         """The same subspace with each task's update at its strength; the fingerprint does not change."""
         columns = torch.tensor([s for s, r in zip(strengths, self.ranks, strict=True) for _ in range(r)])
-        return Subspace(self.down, self.up.float() * columns.to(self.up.device), self.ranks)
+        scaled = Subspace(self.down, self.up.float() * columns.to(self.up.device), self.ranks)
+        columns = columns.double()
+        scaled.__dict__["energy"] = self.energy * columns * columns[:, None]  # what it would compute again
+        return scaled
 
     def without(self, task: int) -> Subspace:
         """As if task `task` had never been there."""
@@ -109,6 +112,12 @@ class Subspace:
         """Indices of the rows of `down` that are not task `task`'s."""
         rows = torch.arange(self.down.shape[0])
         return torch.cat([rows[: self.blocks[task].start], rows[self.blocks[task].stop :]])
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """E = up^T up, (rank, rank) float64 on the CPU: |up c|^2 = c^T E c"""
+        up = self.up.double()
+        return (up.mT @ up).cpu()
 
     @cached_property
     def fingerprint(self) -> str:
