@@ -93,12 +93,14 @@ def fates_of(
     if summed_text:
         of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
     taken = {**of_model, **of_text}
-    targets = {key: _target(key, key_map) for key in tensors}
+    names = {key: owner(key, key_map) for key in tensors}
+    # what a tensor changes: which weight or slice of one, and whether it is its bias
+    targets = {key: (str(key_map.get(name)), is_bias(key)) for key, name in names.items()}
     of_target = {targets[key]: taken[id(value)] for key, value in tensors.items() if id(value) in taken}
-    adapted = {owner(key, key_map) for key, value in tensors.items() if id(value) in taken and not is_bias(key)}
+    adapted = {names[key] for key, value in tensors.items() if id(value) in taken and not is_bias(key)}
     fates = {}
     for key, value in tensors.items():
-        name, weight = owner(key, key_map), of_target.get(targets[key])
+        name, weight = names[key], of_target.get(targets[key])
         if id(value) in taken:
             fates[key] = taken[id(value)]
         elif not name:
@@ -109,8 +111,3 @@ def fates_of(
             number = name in adapted and key.endswith((".alpha", ".reshape_weight"))
             fates[key] = weight if number else Fate.OVERWRITTEN
     return fates
-
-
-def _target(key: str, key_map: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a tensor changes: which weight or slice of one, and whether it is its bias."""
-    return str(key_map.get(owner(key, key_map))), is_bias(key)

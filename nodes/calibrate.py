@@ -31,7 +31,7 @@ def calibrate(
         on_run: called with the number of each run before it starts.
         before: the model that samples the steps before the first that is looked at.
     """
-    begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.begins}
+    begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
     collector = StatisticsCollector([one.lora for one in loaded])
     silent: set[str] = set()
     updates: Mapping[Site, LowRankUpdate] = {}

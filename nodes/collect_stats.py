@@ -16,7 +16,7 @@ from ..ssr_core import Calibration, LoraError, SSRError
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
 from .calibrate import calibrate
-from .patches import read_task
+from .patches import read_tasks
 from .provenance import describe
 from .runs import LAST, REFINE, TOKENS, Sampling, plan
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, say, schema
@@ -188,7 +188,7 @@ class SSRCollectStats(io.ComfyNode):
             *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
         )
         _check(sampling, model_before)
-        loras = [read_task(task, model, clip, expand_rank) for task in tasks]
+        loras = read_tasks(tasks, model, clip, expand_rank)
         if not any(lora.model.updates for lora in loras):
             raise LoraError(
                 f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
@@ -198,7 +198,7 @@ class SSRCollectStats(io.ComfyNode):
         runs = plan(encoded, sampling, context, refine)
         calibration, silent = calibrate(
             *(model, loras, runs, latent, context),
-            on_step=_progress(model, sum(run.steps + run.begins * run.unseen for run in runs)),
+            on_step=_progress(model, sum(run.steps + run.unseen for run in runs)),
             on_run=lambda number: say(
                 cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
             ),

@@ -103,7 +103,8 @@ def _check_layers(patcher: Any) -> None:
             f"This model is a compiled engine ({kind}, as of TensorRT), whose layers cannot be seen. Collect on the "
             "model it was built from, and build the engine again from the model with the merged LoRA on it."
         )
-    for name, module in diffusion.named_modules():
+    modules = dict(diffusion.named_modules())
+    for name, module in modules.items():
         packed = hasattr(module, "qweight") and getattr(module, "weight", None) is None
         if packed or "nunchaku" in type(module).__module__.lower():
             raise ModelMismatchError(
@@ -111,7 +112,7 @@ def _check_layers(patcher: Any) -> None:
                 "it runs several layers as one, where nothing can be measured. Collect on the same model in bf16, fp8 "
                 "or GGUF, save the merged LoRA, and load it with Nunchaku's own loader."
             )
-    replaced = {**patcher.object_patches, **dict(diffusion.named_modules())}
+    replaced = {**patcher.object_patches, **modules}
     if compiled := [name for name, module in replaced.items() if hasattr(module, "_orig_mod")]:
         raise ModelMismatchError(
             f"{compiled[0]} of this model was compiled in place, which hides its layers (and Load LoRA has no effect "

@@ -28,8 +28,8 @@ from .network import NamesOnly, Network
 from .sockets import LoadedLora, Part, Patch, Task
 
 
-def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
-    """Read the LoRA of a task for `model`, a ModelPatcher, and `clip` if there is one.
+def read_tasks(tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = RANK) -> list[LoadedLora]:
+    """Read the LoRAs of all tasks for `model`, a ModelPatcher, and `clip` if there is one.
 
     Args:
         rank: the highest of what adapters other than plain LoRA are expanded to.
@@ -38,21 +38,30 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
         LoraError: damaged, half a pair, or an adapter that cannot be merged.
         ModelMismatchError: nothing in it names a weight of this model, or sizes differ.
     """
+    network, encoder = Network.of_model(model), None if clip is None else Network.of_text_encoder(clip)
+    return [_read_task(task, network, encoder, rank) for task in tasks]
+
+
+def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
+    """`read_tasks` of one."""
+    return read_tasks([task], model, clip, rank)[0]
+
+
+def _read_task(task: Task, network: Network, connected: Network | None, rank: int) -> LoadedLora:
     tensors, source = _read(task)
     if not tensors:
         raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
     tensors = comfy.lora_convert.convert_lora(tensors)
-    network = Network.of_model(model)
-    encoder = _names_only(tensors, network) if clip is None else Network.of_text_encoder(clip)
+    encoder = connected or _names_only(tensors, network)
     known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
     find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
     of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
     of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
-    fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=clip is None)
+    fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=connected is None)
     account = Account(fates, (*of_model.expanded, *of_text.expanded))
     loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
-    _refuse_what_does_not_fit(loaded, network, clip)
+    _refuse_what_does_not_fit(loaded, network, connected)
     return loaded
 
 
@@ -145,7 +154,8 @@ class _Reader:
                 raise LoraError(f"{where} replaces a slice of a weight, which cannot be merged; leave this LoRA out.")
             self.patches[place.key] = patch
             return Fate.REPLACES
-        target = self._target(place, adapters.kind(patch), where)
+        kind = adapters.kind(patch)
+        target = self._target(place, kind, where)
         flat = isinstance(patch, tuple) and patch[1][0].ndim < 2
         if flat or not self.network.can_be_routed(place.key):
             return self._sum(place, adapters.dense(patch, target).cpu())
@@ -154,7 +164,7 @@ class _Reader:
         if not (update.up.any() and update.down.any()):
             return Fate.DORMANT
         self.pieces.append((place.site(update.out_features), update))
-        if (kind := adapters.kind(patch)) == "LoRA":
+        if kind == "LoRA":
             return Fate.ROUTED
         size = update.squared_norm() / max(found.kept, 1e-12)
         layer = place.key.removesuffix(".weight")
@@ -215,7 +225,7 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
     return (value for value in held if isinstance(value, Tensor))
 
 
-def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, clip: Any) -> None:
+def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, encoder: Network | None) -> None:
     name, fates = loaded.task.name, loaded.account.fates
     if loaded.model.updates or loaded.model.patches:
         return
@@ -227,7 +237,7 @@ def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, clip: Any) -
         )
     if set(fates.values()) == {Fate.DORMANT}:
         raise LoraError(f"{name} changes nothing: all its updates are zero, or their alpha is. Leave it out.")
-    if clip is None:
+    if encoder is None:
         raise ModelMismatchError(
             f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
         )

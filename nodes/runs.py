@@ -68,12 +68,9 @@ class Run:
 
     @property
     def unseen(self) -> int:
-        return len(self.prompts) * self.sampling.start
-
-    @property
-    def begins(self) -> bool:
-        """Whether steps are sampled before those that are looked at: once for all runs of the task."""
-        return bool(self.sampling.start and self.task.latent is None and self.kind is Kind.MEASURE)
+        """Steps that are sampled before those that are looked at, once for all runs of the task."""
+        once = self.task.latent is None and self.kind is Kind.MEASURE
+        return len(self.prompts) * self.sampling.start if once else 0
 
 
 def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:

@@ -135,8 +135,7 @@ def _tensors(
         parts = with_common_names(parts)
     encoder = text.updates if text else summed(parts, text_strengths)
     encoder = {site: update for site, update in encoder.items() if treatment_of(site.module, rules) != "drop"}
-    prefix = GENERIC if stats.with_clip else ""
-    tensors |= state_dict(encoder, parts, text_strengths, rules, prefix)
+    tensors |= state_dict(encoder, parts, text_strengths, rules, _text_prefix(stats))
     if not tensors:
         raise SSRError("SSR Solve: the rules for layers leave out every layer, so nothing is left to merge.")
     return tensors
@@ -150,13 +149,18 @@ def _modules(stats: Stats) -> set[str]:
 
 def _summed_modules(stats: Stats) -> set[str]:
     """What LoRAs change that was not measured."""
-    prefix = GENERIC if stats.with_clip else ""
+    prefix = _text_prefix(stats)
     modules: set[str] = set()
     for lora in stats.loras:
         modules |= {key.rpartition(".")[0] for key in lora.model.patches}
         modules |= {prefix + key.rpartition(".")[0] for key in lora.text.patches}
         modules |= set() if stats.with_clip else {site.module for site in lora.text.updates}
     return modules
+
+
+def _text_prefix(stats: Stats) -> str:
+    """Of the weight keys in the LoRAs' text parts: with a CLIP they are its own, else as in the files."""
+    return GENERIC if stats.with_clip else ""
 
 
 def _numbers(text: str) -> tuple[float, ...]:

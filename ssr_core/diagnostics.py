@@ -27,20 +27,21 @@ class Residual:
 
 
 def residuals(
-    statistics: SufficientStatistics, scaled: Subspace, router: Tensor, basis: Tensor | None = None
+    statistics: SufficientStatistics, scaled: Subspace, router: Tensor, own: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Residual, ...]:
     """(K,) how far base, plain stack and merge are from each LoRA alone, on that LoRA's own tokens.
 
     Args:
         scaled: the subspace with each task at its strength.
         router: (rank, R), as it is in the result: blended and truncated.
-        basis: (out, rank) that the router writes to instead of the LoRAs' own `up`.
+        own: basis (out, rank) that the router writes to instead of the LoRAs' `up`, and basis^T basis.
     """
     energy = scaled.energy
-    if basis is not None:  # both side by side, so that they can be compared
+    if own is not None:  # both side by side, so that they can be compared
         router = torch.cat([router.new_zeros(scaled.rank, router.shape[1]), router])
+        basis, own_energy = own
         shared = scaled.up.mT.to(basis) @ basis
-        energy = torch.cat([torch.cat([energy, shared], 1), torch.cat([shared.mT, basis.mT @ basis], 1)])
+        energy = torch.cat([torch.cat([energy, shared], 1), torch.cat([shared.mT, own_energy], 1)])
     plain = torch.eye(*router.shape, dtype=torch.float64)
     plain[scaled.rank :] = 0
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,47 @@ class Recording:
         return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
-        return _counting_hook(tap, layer, self._choose)
+        """The forward hook of one module. What it computes with is put where the layer computes once, not each time."""
+        placed: dict[Place, Any] = {}
+
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            where = (x.device, compute_dtype(x))
+            if where not in placed:
+                placed[where] = self._placed(tap, layer, where)
+            tap.fired = True
+            with torch.autocast(x.device.type, enabled=False):
+                return self._respond(tap, layer, placed[where], x, output)
+
+        return hook
+
+    def _placed(self, tap: Tap, layer: Layer, where: Place) -> Any:
+        """What `_respond` needs of the tap: `down` and the running task's `up` of each signal."""
+        return [
+            (signal, layer.place(signal.down, where), [up.to(*where) for _, _, up in signal.updates])
+            for signal in tap.signals
+        ]
+
+    def _respond(self, tap: Tap, layer: Layer, placed: Any, x: Tensor, output: Tensor) -> Tensor:
+        """Project, count, and add the running task's update to a copy of the output."""
+        for signal in tap.signals:
+            signal.sums.samples += layer.samples(x)
+        result = output.clone(memory_format=torch.contiguous_format)
+        positions, rank = layer.positions(output), max(len(signal.down) for signal in tap.signals)
+        for piece, written in layer.chunks(x, result, rank):
+            piece = piece.to(compute_dtype(x))
+            if tap.sketch is not None:
+                tap.sketch.update(layer.features(piece))
+            for signal, down, ups in placed:
+                z = layer.project(piece, down)
+                if signal.counted:
+                    chosen = self._choose(len(z), positions)
+                    signal.sums.update(z if chosen is None else z[chosen.to(z.device)])
+                for (site, own, _), up in zip(signal.updates, ups, strict=True):
+                    rows = written[..., site.start : site.stop]
+                    rows += (z[:, own] @ up.mT).reshape(rows.shape)
+        return result
 
     def _choose(self, tokens: int, of: int) -> Tensor | None:
         """Which tokens of a piece of `tokens` out of `of` are counted, each as likely as any other; None for all."""
@@ -144,52 +185,6 @@ def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey
             own = space.blocks[task]
             grouped[key].updates.append((site, own, space.up[:, own].float() * strength))
     return list(taps.values())
-
-
-def first_of(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """What a layer was called with, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _counting_hook(tap: Tap, layer: Layer, choose: Callable[[int, int], Tensor | None]) -> Callable[..., Tensor]:
-    """The forward hook of one module: project, count, and add the running task's update to the output."""
-    placed: dict[Place, list[tuple[Signal, Tensor, list[Tensor]]]] = {}
-
-    def place(where: Place) -> list[tuple[Signal, Tensor, list[Tensor]]]:
-        return [
-            (signal, layer.place(signal.down, where), [up.to(*where) for _, _, up in signal.updates])
-            for signal in tap.signals
-        ]
-
-    rank = max(len(signal.down) for signal in tap.signals)
-
-    @torch.no_grad()
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-        x = first_of(args, kwargs)
-        where = (x.device, compute_dtype(x))
-        if where not in placed:
-            placed[where] = place(where)
-        tap.fired = True
-        for signal in tap.signals:
-            signal.sums.samples += layer.samples(x)
-        result = output.clone(memory_format=torch.contiguous_format)
-        positions = layer.positions(output)
-        with torch.autocast(x.device.type, enabled=False):
-            for piece, written in layer.chunks(x, result, rank):
-                piece = piece.to(where[1])
-                if tap.sketch is not None:
-                    tap.sketch.update(layer.features(piece))
-                for signal, down, ups in placed[where]:
-                    z = layer.project(piece, down)
-                    if signal.counted:
-                        chosen = choose(len(z), positions)
-                        signal.sums.update(z if chosen is None else z[chosen.to(z.device)])
-                    for (site, own, _), up in zip(signal.updates, ups, strict=True):
-                        rows = written[..., site.start : site.stop]
-                        rows += (z[:, own] @ up.mT).reshape(rows.shape)
-        return result
-
-    return hook
 
 
 def _layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:

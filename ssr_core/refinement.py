@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .correction import Correction
 from .errors import StatisticsError
 from .layer import Layer, compute_dtype
 from .low_rank_update import LowRankUpdate
-from .recording import Place, Recording, Signal, Tap, first_of
+from .recording import Place, Recording, Signal, Tap
 from .site import Site
 from .subspace import Subspace
 
@@ -81,50 +82,36 @@ class Refinement(Recording):
             correction.check(space, site)
             yield site, correction
 
-    def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
+    def _placed(self, tap: Tap, layer: Layer, where: Place) -> tuple[Placed, Placed, list[Tensor]]:
+        """The LoRA's own updates, those of the merge, and each signal's `down`."""
+        own = [(site, signal.down[rows], up) for signal in tap.signals for site, rows, up in signal.updates]
+        merged = [(s, u.down, u.up) for g in tap.signals for s in g.sites if (u := self._updates.get(s)) is not None]
+        own, merged = ([(s, layer.place(down, where), up.to(*where)) for s, down, up in u] for u in (own, merged))
+        return own, merged, [layer.place(signal.down, where) for signal in tap.signals]
+
+    def _respond(self, tap: Tap, layer: Layer, placed: Any, x: Tensor, output: Tensor) -> Tensor:
+        own, merged, downs = placed
         waiting = self._waiting.setdefault(layer.name, deque())
-        placed: dict[Place, tuple[Placed, Placed, list[Tensor]]] = {}
-
-        def place(where: Place) -> tuple[Placed, Placed, list[Tensor]]:
-            """The LoRA's own updates, those of the merge, and each signal's `down`."""
-            own = [(site, signal.down[rows], up) for signal in tap.signals for site, rows, up in signal.updates]
-            merged = [
-                (s, u.down, u.up) for g in tap.signals for s in g.sites if (u := self._updates.get(s)) is not None
-            ]
-            own, merged = ([(s, layer.place(down, where), up.to(*where)) for s, down, up in u] for u in (own, merged))
-            return own, merged, [layer.place(signal.down, where) for signal in tap.signals]
-
-        @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-            x = first_of(args, kwargs)
-            where = (x.device, compute_dtype(x))
-            if where not in placed:
-                placed[where] = place(where)
-            own, merged, downs = placed[where]
-            tap.fired = True
-            with torch.autocast(x.device.type, enabled=False):
-                if self._alone:
-                    result = layer.plus(x, output, own)
-                    tokens = layer.outputs(result)
-                    chosen = self._some(len(tokens), x.device)
-                    waiting.append((len(tokens), chosen, tokens[chosen]))
-                    return result
-                if not waiting:
-                    raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
-                count, chosen, alone = waiting.popleft()
-                if count != layer.positions(output):
-                    raise StatisticsError(
-                        f"{layer.name} saw {count} tokens under the LoRA alone and {layer.positions(output)} under "
-                        "the merge, so they cannot be compared. Both have to run on the same batch; or collect without "
-                        "refinement."
-                    )
-                missing = alone.to(where[1]) - layer.outputs(output)[chosen].to(where[1])
-                for signal, down in zip(tap.signals, downs, strict=True):
-                    if signal.counted:
-                        self._count(signal, layer.project_some(x.to(where[1]), down, chosen), missing)
-                return layer.plus(x, output, merged)
-
-        return hook
+        if self._alone:
+            result = layer.plus(x, output, own)
+            tokens = layer.outputs(result)
+            chosen = self._some(len(tokens), x.device)
+            waiting.append((len(tokens), chosen, tokens[chosen]))
+            return result
+        if not waiting:
+            raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
+        count, chosen, alone = waiting.popleft()
+        if count != layer.positions(output):
+            raise StatisticsError(
+                f"{layer.name} saw {count} tokens under the LoRA alone and {layer.positions(output)} under the merge, "
+                "so they cannot be compared. Both have to run on the same batch; or collect without refinement."
+            )
+        dtype = compute_dtype(x)
+        missing = alone.to(dtype) - layer.outputs(output)[chosen].to(dtype)
+        for signal, down in zip(tap.signals, downs, strict=True):
+            if signal.counted:
+                self._count(signal, layer.project_some(x.to(dtype), down, chosen), missing)
+        return layer.plus(x, output, merged)
 
     def _count(self, signal: Signal, z: Tensor, missing: Tensor) -> None:
         """z: (tokens, R) under the merge; missing: (tokens, out) what it should write there."""

@@ -62,7 +62,7 @@ class Solution:
         if seen is None or self.equations is None:
             return update, SiteReport(self.site, scaled.ranks, update.rank, energy=kept, spectrum=spectrum)
         condition = self.equations.condition_bound if wanted or routing else math.nan
-        lost = residuals(seen, scaled, router, self.basis if self.has_own_basis else None)
+        lost = residuals(seen, scaled, router, (self.basis, self.energy) if self.has_own_basis else None)
         return update, SiteReport(
             *(self.site, scaled.ranks, update.rank, seen.tokens, lost, condition, kept, seen.coverage),
             *(seen.has_levels, spectrum),

@@ -29,7 +29,7 @@ def bypass_sample(model, one_task, steps=4, before=None, **options):
     how = runs.Sampling(0, steps, "euler", "simple", **options)
     with torch.inference_mode(), collector.recording(0) as recording:
         run = runs.Run(0, one_task, one_task.conditioning, how, runs.Kind.MEASURE)
-        begun = sampling.begin(model, run, empty_latent(), seen.append, before) if run.begins else ()
+        begun = sampling.begin(model, run, empty_latent(), seen.append, before) if run.unseen else ()
         sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append, begun)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
