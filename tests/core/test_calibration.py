@@ -179,5 +179,5 @@ def test_statistics_are_ordered_as_the_loras_at_hand_and_take_their_strengths():
     calibration = collect(loras, model, batches()).ordered_as(at_hand)
     assert calibration.names == tuple(lora.name for lora in at_hand)
     assert {lora.strength for lora in calibration.loras} == {0.3}
-    with pytest.raises(StatisticsError, match="measured with other LoRAs .*: pose is missing"):
+    with pytest.raises(StatisticsError, match=r"measured with other LoRAs .*: pose is missing"):
         calibration.ordered_as(at_hand[1:])
