@@ -23,6 +23,7 @@ def calibrate(
     on_step: OnStep,
     on_run: Callable[[int], None],
     before: Any = None,
+    earlier: Calibration | None = None,
 ) -> tuple[Calibration, tuple[str, ...]]:
     """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
 
@@ -30,9 +31,11 @@ def calibrate(
         on_step: called after each sampling step with the predicted clean latent.
         on_run: called with the number of each run before it starts.
         before: the model that samples the steps before the first that is looked at.
+        earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
+            refinement looks at is made from both.
     """
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
-    collector = StatisticsCollector([one.lora for one in loaded])
+    collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
     silent: set[str] = set()
     updates: Mapping[Site, LowRankUpdate] = {}
     for number, run in enumerate(runs):
@@ -40,7 +43,8 @@ def calibrate(
         if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
             collector.see(context)
         if run.kind is Kind.REFINE and run.index == 0:
-            updates = merge(collector.calibration(), on_site=_interruptible).updates
+            known = collector.calibration()
+            updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
             sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begun.get(run.index, ()))
             if not recording.heard and loaded[run.index].model.updates:

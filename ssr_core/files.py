@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibration import Calibration
 from .correction import Correction
 from .errors import LoraError, StatisticsError
-from .lora import Lora
+from .lora import Lora, find_order
 from .low_rank_update import LowRankUpdate
 from .site import Site, Updates, canonical, join_rows, sum_by_site
+from .storage import read_safetensors, sha256, write_safetensors
 from .subspace import join_loras
 from .sufficient_statistics import SufficientStatistics
 
@@ -130,8 +127,16 @@ def save_lora(
     write_safetensors(to_state_dict(updates, prefix, dtype), path, metadata or {})
 
 
-def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> None:
-    """Write what was measured, without the LoRAs themselves: float64, the upper triangles only."""
+def save_statistics(
+    calibration: Calibration, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write what was measured, without the LoRAs themselves. The file appears whole or not at all."""
+    tensors, header = statistics_state(calibration)
+    write_safetensors(tensors, path, {**(metadata or {}), **header})
+
+
+def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What was measured as tensors and a header of strings: float64, the upper triangles only."""
     tensors, sites = _context_rows(calibration), []
     for index, (site, statistics) in enumerate(calibration.statistics.items()):
         rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
@@ -144,32 +149,45 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
             tensors[f"correction.target/{index}"] = correction.target.contiguous()
             counts["strengths"] = correction.strengths
         sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
-    loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
-    header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
-    write_safetensors(tensors, path, header)
+    loras = [
+        {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
+        for lora in calibration.loras
+    ]
+    return tensors, {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
 
 
 def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
-    """Read what was measured with these LoRAs, given in the same order.
+    """Read what was measured with these LoRAs, in whichever order they are given.
 
     Raises:
         StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
     """
     file = Path(path)
-    tensors, metadata = read_safetensors(file, StatisticsError)
+    return statistics_from(*read_safetensors(file, StatisticsError), loras, file.name)
+
+
+def statistics_from(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], loras: Sequence[Lora], file: str
+) -> Calibration:
+    """What `statistics_state` gave, read with these LoRAs, in whichever order they are given; errors name `file`."""
     if metadata.get("ssr.format") != "statistics 1":
-        raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
+        raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
     try:
         entries = json.loads(metadata["ssr.sites"])
         read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
         corrections = {Site(*e["site"]): _correction(tensors, i, e) for i, e in enumerate(entries) if "strengths" in e}
-        names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
+        known = {key: [lora[key] for lora in json.loads(metadata["ssr.loras"])] for key in ("name", "fingerprint")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
+        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
+    try:
+        order = find_order(known["name"], known["fingerprint"], loras)
+    except StatisticsError as error:
+        raise StatisticsError(f"{file} was {error}") from None
+    saved = [loras[order.index(task)] for task in range(len(order))]
     modules = {canonical(site.module): site.module for site in read}
-    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
-    joined = join_loras(loras)
-    other = StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
+    saved = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in saved]
+    joined = join_loras(saved)
+    other = StatisticsError(f"{file} does not hold the layers of these LoRAs; collect and save the statistics again.")
     if read.keys() != {site for site, space in joined.items() if space.is_routed}:
         raise other
     subspaces = {}
@@ -179,10 +197,10 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
             raise other
         subspaces[site] = space if context is None else space.with_context(context)
     for site, statistics in read.items():
-        statistics.check(subspaces[site], f"{file.name}: {site}")
+        statistics.check(subspaces[site], f"{file}: {site}")
     for site, correction in corrections.items():
-        correction.check(subspaces[site], f"{file.name}: {site}")
-    return Calibration(tuple(loras), subspaces, read, corrections)
+        correction.check(subspaces[site], f"{file}: {site}")
+    return Calibration(tuple(saved), subspaces, read, corrections).reordered(order)
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
@@ -208,41 +226,6 @@ def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics
 def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any]) -> Correction:
     gram, target = (tensors[f"correction.{kind}/{index}"] for kind in ("gram", "target"))
     return Correction(gram, target, str(entry["fingerprint"]), tuple(map(float, entry["strengths"])))
-
-
-def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file; `error` names the file and what is wrong with it."""
-    if not file.is_file():
-        raise error(f"{file} does not exist.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{file.name} is not a whole safetensors file ({cause}); download or save it again.") from cause
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name in the same folder, then rename: readers never see half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what new files get here; save_file makes private ones
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _strip(key: str) -> str:
