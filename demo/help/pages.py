@@ -10,11 +10,7 @@ from typing import Any
 from ..locales import LANGUAGES, read
 
 PROSE = Path(__file__).parent
-HEADINGS = {
-    "en": ("Inputs", "Outputs", "| input | type | default | |", "| output | type | |"),
-    "zh": ("输入", "输出", "| 输入 | 类型 | 默认值 | |", "| 输出 | 类型 | |"),
-    "ja": ("入力", "出力", "| 入力 | 型 | 既定値 | |", "| 出力 | 型 | |"),
-}
+HEADINGS = {"en": ("Inputs", "Outputs", "optional"), "zh": ("输入", "输出", "可选"), "ja": ("入力", "出力", "省略可")}
 
 
 def pages(info: Mapping[str, Any], nodes: list[str]) -> Iterator[tuple[str, str]]:
@@ -35,24 +31,25 @@ def sections(language: str) -> dict[str, str]:
 
 
 def page(prose: str, schema: Mapping[str, Any], strings: Mapping[str, Any], language: str) -> str:
-    heading, outputs, input_head, output_head = HEADINGS[language]
-    lines = [f"# {strings['display_name']}", "", prose, "", f"## {heading}", "", input_head, "|---|---|---|---|"]
+    """Lists, not tables: the panel that shows them is narrow."""
+    inputs, outputs, optional = HEADINGS[language]
+    lines = [f"# {strings['display_name']}", "", prose, "", f"## {inputs}", ""]
     for section in ("required", "optional"):
         for name in schema["input_order"].get(section, []):
-            lines.append(_row(name, schema["input"][section][name], strings["inputs"][name], section == "optional"))
-    lines += ["", f"## {outputs}", "", output_head, "|---|---|---|"]
+            facts = [_kind(schema["input"][section][name]), *([optional] if section == "optional" else [])]
+            lines.append(_line(name, strings["inputs"][name], facts))
+    lines += ["", f"## {outputs}", ""]
     for number, kind in enumerate(schema["output"]):
-        told = strings["outputs"][str(number)]
-        lines.append(f"| {_named(schema['output_name'][number], told['name'])} | {kind} | {told['tooltip']} |")
+        lines.append(_line(schema["output_name"][number], strings["outputs"][str(number)], [kind]))
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, spec: list[Any], told: Mapping[str, str], optional: bool) -> str:
-    options = spec[1] if len(spec) > 1 else {}
+def _kind(spec: list[Any]) -> str:
+    default = (spec[1] if len(spec) > 1 else {}).get("default")
     kind = "COMBO" if isinstance(spec[0], list) else spec[0]
-    default = "" if options.get("default") in (None, "") else f"`{options['default']}`"
-    return f"| {_named(name, told['name'])}{'?' if optional else ''} | {kind} | {default} | {told['tooltip']} |"
+    return kind if default in (None, "") else f"{kind} {default}"
 
 
-def _named(name: str, told: str) -> str:
-    return f"`{name}`" if told == name else f"`{name}` {told}"
+def _line(name: str, told: Mapping[str, str], facts: list[str]) -> str:
+    named = f"**{name}**" if told["name"] == name else f"**{name}** {told['name']}"
+    return f"- {named} ({', '.join(facts)}): {told['tooltip']}"
