@@ -2,7 +2,7 @@
 
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
 
-SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured.
+SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
 """
 
 from comfy_api.latest import ComfyExtension, io
@@ -14,6 +14,7 @@ from .apply import SSRApply
 from .collect_stats import SSRCollectStats
 from .load_stats import SSRLoadStats
 from .prompts import SSRPrompts
+from .report import SSRReport
 from .save_lora import SSRSaveLoRA
 from .save_stats import SSRSaveStats
 from .solve import SSRSolve
@@ -23,7 +24,7 @@ class SSRMergeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRCollectStats),
-            *(SSRSaveStats, SSRLoadStats, SSRAddStats),
+            *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
             *(SSRSolve, SSRApply, SSRSaveLoRA),
         ]
 

@@ -79,8 +79,12 @@ def _renamed(calibration: Calibration, name: Callable[[str], str]) -> Calibratio
 
 def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
     """The merge of the text encoder's parts from what was measured."""
-    ridge = replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity)
-    return merge(calibration, replace(settings, ridge=ridge))
+    return merge(calibration, text_settings(settings))
+
+
+def text_settings(settings: MergeSettings) -> MergeSettings:
+    """Settings for the model, as they are good for the text encoder."""
+    return replace(settings, ridge=replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity))
 
 
 def with_common_names(parts: Sequence[Part]) -> list[Part]:

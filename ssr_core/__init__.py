@@ -18,8 +18,10 @@ R = rank + context rows, which belong to no task. A `Correction` holds further s
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
 """
 
+from .advice import advise
 from .calibration import Calibration
 from .collect import StatisticsCollector
+from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
@@ -40,6 +42,7 @@ from .sufficient_statistics import Accumulator, SufficientStatistics
 __all__ = [
     "Accumulator",
     "Calibration",
+    "Conflict",
     "Correction",
     "Expansion",
     "Lora",
@@ -56,15 +59,18 @@ __all__ = [
     "Rule",
     "SSRError",
     "Site",
+    "SiteConflict",
     "SiteReport",
     "SolveError",
     "StatisticsCollector",
     "StatisticsError",
     "Subspace",
     "SufficientStatistics",
+    "advise",
     "align_rows",
     "check_rules",
     "concatenate",
+    "find_conflict",
     "hadamard",
     "join_loras",
     "join_rows",

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from lora_kinds import lora_of
 from run_nodes import apply, collect, execute, node, relative, sample, solve, task
 from tiny_clip import tiny_clip
-from tiny_flux import flux_lora, flux_state_dict
+from tiny_flux import flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
@@ -83,41 +83,6 @@ def test_loaded_statistics_take_the_strengths_of_the_loras_at_hand(model):
     stats = collect(model, *tasks())
     loaded = load(save(stats), model, tasks(strengths=(0.5, -1.0)))
     assert same(solve(loaded)[0], solve(stats, strengths="0.5, -1")[0])
-
-
-def test_the_text_encoders_statistics_are_kept_too(model, tiny_flux):
-    sd, clip = importlib.import_module("comfy.sd"), tiny_clip(torch.float32)
-    weights = flux_state_dict()
-    for name in ("txt_in", "vector_in.in_layer"):
-        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
-    model = sd.load_diffusion_model_state_dict(weights)
-    given = text_tasks(clip)
-    stats = collect(model, *given, steps=1, clip=clip)
-    file = save(stats)
-    for order in (1, -1):
-        loaded = load(file, model, given[::order], clip=clip)
-        (lora, _), (again, _) = solve(stats), solve(loaded)
-        assert lora.keys() == again.keys() and any(key.startswith("text_encoders.") for key in lora)
-        if order == 1:
-            assert same(lora, again)
-    core = importlib.import_module("ssr_pack.ssr_core")
-    with pytest.raises(core.StatisticsError, match="collected with clip connected; connect it here"):
-        load(file, model, given)
-    loaded = load(save(collect(model, *given, steps=1)), model, given, clip=clip)  # collected without it
-    assert loaded.text is None and not loaded.with_clip
-
-
-def text_tasks(clip):
-    prompts = node("prompts.SSRPrompts")
-    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    given = []
-    for seed, one in enumerate(tasks()):
-        pair = {f"{key}.lora_up.weight": torch.randn(128, 2), f"{key}.lora_down.weight": torch.randn(2, 64)}
-        lines = f"a cat {seed}\na dog {seed}"
-        given.append(
-            replace(one, lora=one.lora | pair, conditioning=execute(prompts, clip=clip, text=lines)[0], name=f"l{seed}")
-        )
-    return given
 
 
 def test_the_file_tells_what_was_measured_and_how(model):
