@@ -12,7 +12,8 @@ FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
     *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
     *("correction", "calibration", "layer", "sketch", "recording", "refinement", "collect"),
-    *("router", "rank", "selection", "diagnostics", "solution", "merge", "conflict", "advice", "storage", "files"),
+    *("router", "rank", "selection", "diagnostics", "solution", "merge", "conflict", "advice", "storage"),
+    *("peft_config", "files"),
 )
 OUTSIDE = {"torch", "safetensors"}
 
