@@ -111,8 +111,9 @@ class Frontend:
         """The nodes of these ids, or all, as large as the window allows; nothing else in the way."""
         self.page.evaluate(
             """ids => {
-                const canvas = app.canvas, boxes = ids.length
-                    ? ids.map(id => app.graph.getNodeById(id)).map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30])
+                const canvas = app.canvas, nodes = ids.map(id => app.graph.getNodeById(id));
+                const boxes = ids.length
+                    ? nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30])
                     : app.graph._groups.map(g => [g.pos[0], g.pos[1], g.size[0], g.size[1]]);
                 const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
                 const width = Math.max(...boxes.map(b => b[0] + b[2])) - left;

@@ -283,7 +283,7 @@ def retune_saved_stats_zimage() -> list[Group]:
     read = Group(
         "3 Solve again",
         AMBER,
-        [(340, [loaded, solving]), (460, [report(solving["report"]), knobs])],
+        [(340, [loaded, solving]), (460, [report(solving["report"]), save(solving["lora"], "retuned"), knobs])],
     )
     return [
         Group("1 Models", BLUE, [(330, [start, *base.nodes])]),
@@ -296,7 +296,7 @@ def retune_saved_stats_zimage() -> list[Group]:
             PURPLE,
             [
                 *((270, [applied, picture_size]), (300, drawn.texts), (270, drawn.samplers)),
-                (390, [*drawn.images, save(solving["lora"], "retuned")]),
+                (390, drawn.images),
             ],
         ),
         Group("5 Measure once (bypassed)", GREY, [(340, [latent, collecting]), (460, [saving])], read, bypassed=True),

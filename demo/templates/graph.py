@@ -33,6 +33,7 @@ class Node:
     inputs: Mapping[str, Source] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     height: int | None = None
+    room: int = 0  # below the widgets, for what the node says when it has run
     colour: str | None = None
     models: Sequence[Mapping[str, str]] = ()  # files that ComfyUI offers to download
     id: int = 0
@@ -131,7 +132,7 @@ def _height(node: Node, info: ObjectInfo) -> int:
     texts = sum(bool(len(spec) > 1 and spec[1].get("multiline")) for spec, _ in specs.values())
     widgets = len(list(_widgets(node, info)))
     slots = max(inputs, len(info[node.kind]["output"]))
-    return SLOT * slots + WIDGET * (widgets - texts) + TEXT * texts + (14 if widgets else 6)
+    return SLOT * slots + WIDGET * (widgets - texts) + TEXT * texts + (14 if widgets else 6) + node.room
 
 
 # --- places ---

@@ -110,7 +110,7 @@ def collect(base: Base, tasks: Source, batch: int = 1, **inputs: Any) -> tuple[N
     """(empty latent, SSR Collect Stats)"""
     latent = Node(base.latent, "Calibration size", values={**base.size, "batch_size": batch})
     sockets = {"model": base.model, "tasks": tasks, "latent": latent["LATENT"], **inputs}
-    return latent, Node("SSRCollectStats", None, sockets, base.calibration_values(), colour="merge")
+    return latent, Node("SSRCollectStats", None, sockets, base.calibration_values(), room=56, colour="merge")
 
 
 def solve(stats: Source, **values: Any) -> Node:

@@ -60,7 +60,9 @@ def test_the_template_browser_shows_every_workflow_with_its_picture(frontend: Fr
     page.get_by_role("dialog").get_by_text(PACK_NAME).first.click()
     for path in WORKFLOWS:
         page.get_by_test_id(f"template-workflow-{path.stem}").wait_for()
-        picture = page.request.get(f"http://{frontend.server.address}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg")
+        picture = page.request.get(
+            f"http://{frontend.server.address}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg"
+        )
         assert picture.ok and len(picture.body()) < 60_000, path.stem
     page.wait_for_function("() => [...document.querySelectorAll('[role=dialog] img')].every(i => i.naturalWidth > 1)")
     frontend.screenshot(SHOTS / "templates.png")
@@ -103,7 +105,8 @@ def test_help_and_names_are_in_the_users_language(frontend: Frontend, language: 
         shown = page.evaluate(
             """async kind => {
                 const node = LiteGraph.createNode(kind); app.graph.add(node);
-                return {title: node.title, inputs: node.inputs.map(i => [i.name, i.label ?? i.localized_name ?? i.name])};
+                const named = node.inputs.map(i => [i.name, i.label ?? i.localized_name ?? i.name]);
+                return {title: node.title, inputs: named};
             }""",
             kind,
         )
@@ -128,12 +131,16 @@ def test_pressing_run_ends_with_pictures_a_report_and_a_changed_ridge_only_solve
     history = frontend.wait_until_done(frontend.press_run())
     assert history["status"]["status_str"] == "success"
     frontend.look_at()  # the frontend loads the pictures of nodes that it draws
-    frontend.page.wait_for_function("ids => ids.every(id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth)", arg=shown)
+    frontend.page.wait_for_function(
+        "ids => ids.every(id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth)", arg=shown
+    )
     frontend.screenshot(SHOTS / "tiny-demo-done.png")
     frontend.set_widget(solve, "ridge", 0.02)
     history = frontend.wait_until_done(frontend.press_run())
     cached = next(data["nodes"] for kind, data in history["status"]["messages"] if kind == "execution_cached")
-    merged = [node for node in shown if "erged" in frontend.page.evaluate("id => app.graph.getNodeById(id).title", node)]
+    merged = [
+        node for node in shown if "erged" in frontend.page.evaluate("id => app.graph.getNodeById(id).title", node)
+    ]
     assert str(collect) in cached and str(solve) not in cached
     assert merged and not {str(node) for node in merged} & set(cached)
     assert {str(node) for node in shown} - set(cached) == {str(node) for node in merged}  # the stack's are kept
