@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .accumulator import Accumulator
 from .errors import ModelMismatchError
 from .layer import Layer, compute_dtype
 from .site import Site, canonical
 from .sketch import Sketch
 from .subspace import Subspace
-from .sufficient_statistics import Accumulator, SufficientStatistics
+from .sufficient_statistics import SufficientStatistics
 
 Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
 

@@ -76,9 +76,9 @@ class Refinement(Recording):
             if site not in self._targets:
                 continue  # its layer never ran
             space = self._subspaces[site]
-            target = torch.zeros(len(space.ranks), *self._targets[site].shape)
-            target[self.task] = self._targets[site].to("cpu", torch.float32)
-            correction = Correction(seen.gram, target, seen.fingerprint, self._strengths)
+            found = self._targets[site].to("cpu", torch.float32)
+            targets = tuple(found if task == self.task else torch.zeros(0, 0) for task in range(len(space.ranks)))
+            correction = Correction(seen.grams, targets, seen.fingerprint, self._strengths)
             correction.check(space, site)
             yield site, correction
 

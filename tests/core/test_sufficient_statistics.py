@@ -115,6 +115,6 @@ def test_a_check_refuses_another_subspace_and_values_that_are_not_finite():
     statistics.check(space(), "blocks.0")
     with pytest.raises(StatisticsError, match=r"blocks\.0: .*other LoRAs"):
         statistics.check(space().without(0), "blocks.0")
-    statistics.gram[0, 0, 0] = float("inf")
+    statistics.grams.packed[0][0] = float("inf")
     with pytest.raises(StatisticsError, match=r"blocks\.0: .*NaN or infinite"):
         statistics.check(space(), "blocks.0")
