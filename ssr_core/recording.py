@@ -169,8 +169,9 @@ class Recording:
             part = joint.part(signal, z)
             if signal.counted:
                 signal.sums.update(part)
-            for site, own, _ in signal.updates if written is not None else ():
-                add_product(written[..., site.start : site.stop], part[:, own], next(left), tap.strength)
+            if written is not None:
+                for site, own, _ in signal.updates:
+                    add_product(written[..., site.start : site.stop], part[:, own], next(left), tap.strength)
 
     def _add(self, tap: Tap, layer: Layer, where: Place, x: Tensor, result: Tensor, ups: Sequence[Tensor]) -> None:
         """Add the running task's update, which not all of the counted rows are needed for."""
