@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -58,24 +58,31 @@ class Grams:
 
 def pack(matrix: Tensor) -> Tensor:
     """The upper triangle of a symmetric matrix (R, R), by rows."""
-    return matrix[_triangle(len(matrix))].contiguous()
+    return matrix.flatten().index_select(0, _triangle(len(matrix)))
 
 
 def unpack(packed: Tensor, size: int) -> Tensor:
     """(R, R) float64, symmetric to the bit; zeros of an empty triangle."""
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    if len(packed):
-        where = _triangle(size)
-        matrix[where] = packed.double()
-        matrix.T[where] = packed.double()
-    return matrix
+    if not len(packed):
+        return torch.zeros(size, size, dtype=torch.float64)
+    return packed.double().index_select(0, _places(size)).view(size, size)
 
 
 def _sum(one: Tensor, other: Tensor) -> Tensor:
     return one + other if len(one) and len(other) else one if len(one) else other
 
 
-@cache
+@lru_cache(maxsize=64)
 def _triangle(size: int) -> Tensor:
-    """(R, R) bool: selecting by it goes through the upper triangle by rows."""
-    return torch.ones(size, size, dtype=torch.bool).triu()
+    """Where the upper triangle of a flattened (R, R) is, by rows."""
+    rows, columns = torch.triu_indices(size, size).unbind()
+    return rows * size + columns
+
+
+@lru_cache(maxsize=64)
+def _places(size: int) -> Tensor:
+    """(R R,) which entry of the upper triangle each entry of the whole matrix is."""
+    places = torch.zeros(size, size, dtype=torch.int64)
+    rows, columns = torch.triu_indices(size, size).unbind()
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    return places.flatten()

@@ -10,7 +10,8 @@ import ssr_core
 
 FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
-    *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "grams", "sufficient_statistics"),
+    *("errors", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
+    *("sufficient_statistics",),
     *(
         "accumulator",
         "correction",
