@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..ssr_core import Calibration, Lora, StatisticsError
-from ..ssr_core.files import statistics_from, statistics_state
 from ..ssr_core.lora import find_order
+from ..ssr_core.statistics_file import statistics_from, statistics_state
 from ..ssr_core.storage import read_metadata, read_safetensors, write_safetensors
 from .collection import Collection
 from .patches import read_tasks

@@ -18,6 +18,7 @@ R = rank + context rows, which belong to no task. A `Correction` holds further s
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
 """
 
+from .accumulator import Accumulator
 from .advice import advise
 from .calibration import Calibration
 from .collect import StatisticsCollector
@@ -26,7 +27,7 @@ from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
-from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
+from .files import load_lora, read_pairs, save_lora, to_state_dict
 from .lora import Lora
 from .low_rank_update import LowRankUpdate, concatenate
 from .merge import Merge, MergeSettings, merge
@@ -36,8 +37,9 @@ from .refinement import Refinement
 from .router import Ridge, normal_equations, route, solve_router
 from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
+from .statistics_file import load_statistics, save_statistics
 from .subspace import Subspace, join_loras
-from .sufficient_statistics import Accumulator, SufficientStatistics
+from .sufficient_statistics import SufficientStatistics
 
 __all__ = [
     "Accumulator",

@@ -73,14 +73,14 @@ class Calibration:
         for site, seen in self.statistics.items():
             rows = self.subspaces[site].rows_reordered(order)
             statistics[site] = SufficientStatistics(
-                seen.gram[list(order)][:, rows][:, :, rows],
+                seen.grams.chosen(order, rows),
                 *(_picked(seen.tokens, order), spaces[site].fingerprint),
                 *(_picked(seen.samples, order), _picked(seen.levels, order)),
             )
             if (correction := self.corrections.get(site)) is not None:
                 corrections[site] = Correction(
-                    correction.gram[list(order)][:, rows][:, :, rows],
-                    correction.target[list(order)][:, :, rows],
+                    correction.grams.chosen(order, rows),
+                    tuple(t[:, rows] if t.numel() else t for t in _picked(correction.targets, order)),
                     *(spaces[site].fingerprint, _picked(correction.strengths, order)),
                 )
         return Calibration(loras, spaces, statistics, corrections)

@@ -21,6 +21,7 @@ from .subspace import Subspace, join_loras
 from .sufficient_statistics import SufficientStatistics, not_finite
 
 CONTEXT = 128  # context rows per layer
+LARGE = 4 * 2**30  # bytes of statistics in float64 from which they are kept in float32
 
 
 class StatisticsCollector:
@@ -46,6 +47,7 @@ class StatisticsCollector:
         self._names: dict[str, str] = {}
         self._surveyed = 0  # context rows that the surveys looked for
         self._surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self._shared: dict[str, str] | None = None  # modules that have the input of another one in all surveys
 
     @contextmanager
     def watching(self, model: nn.Module, task: int) -> Iterator[Recording]:
@@ -95,7 +97,7 @@ class StatisticsCollector:
         try:
             yield refinement
         finally:
-            refinement.detach()
+            refinement.close()
         found = dict(refinement.corrections())
         self._corrections.update(
             {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
@@ -109,16 +111,20 @@ class StatisticsCollector:
         counted at most, chosen at random; 0 = all.
         """
         check_task(task, self.loras)
-        recording = Recording(self.subspaces, task, self.loras[task].strength, survey, tokens)
+        strength = self.loras[task].strength
+        recording = Recording(self.subspaces, task, strength, survey, tokens, self._shared, self._dtype)
         try:
             yield recording
         finally:
-            recording.detach()
+            recording.close()
         self._surveyed = max(self._surveyed, survey)
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
             self._surveys[module] = self._surveys.get(module, torch.zeros_like(sketched)) + sketched
+        if survey:
+            found, known = recording.followers.items(), self._shared
+            self._shared = {m: leader for m, leader in found if known is None or known.get(m) == leader}
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
 
@@ -127,11 +133,20 @@ class StatisticsCollector:
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
-        found = {module: principal_rows(sketched, rows) for module, sketched in self._surveys.items()}
+        leaders = self._shared or {}
+        found = {m: principal_rows(sketched, rows) for m, sketched in self._surveys.items() if m not in leaders}
+        found |= {module: found[leader] for module, leader in leaders.items()}
         self.subspaces = {
             site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
             for site, space in self.subspaces.items()
         }
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What statistics are kept in: where they grow large, rounding to float32 is the smaller evil."""
+        sizes = (len(space.down) for space in self.subspaces.values() if space.is_routed)
+        projected = 4 * len(self.loras) * sum(size * (size + 1) for size in sizes)
+        return torch.float64 if projected < LARGE else torch.float32
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""

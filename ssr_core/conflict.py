@@ -19,6 +19,7 @@ from torch import Tensor
 from .calibration import Calibration
 from .errors import StatisticsError
 from .merge import MergeSettings, task_weights
+from .parallel import each
 from .rank import Directions
 from .router import normal_equations, solve_router
 from .site import Site
@@ -117,11 +118,15 @@ def find_conflict(
         raise StatisticsError("There is only one LoRA, so none disturbs another.")
     strengths = settings.strengths or tuple(lora.strength for lora in calibration.loras)
     weights = task_weights(calibration, settings)
-    sites = []
-    for done, site in enumerate(calibration.statistics):
-        on_site(done, len(calibration.statistics))
+
+    def at(site: Site) -> SiteConflict:
         scaled = calibration.subspaces[site].scaled(strengths)
-        sites.append(_at_site(site, scaled, calibration, weights[site], settings))
+        return _at_site(site, scaled, calibration, weights[site], settings)
+
+    sites: list[SiteConflict] = []
+    for found in each(at, list(calibration.statistics)):
+        on_site(len(sites), len(calibration.statistics))
+        sites.append(found)
     return Conflict(calibration.names, strengths, tuple(sites))
 
 
@@ -134,7 +139,7 @@ def _at_site(
     router, energy = solve_router(equations), scaled.energy
     whole = torch.eye(*router.shape, dtype=torch.float64)
     plain, routed, stack, merge = [], [], [], []
-    for gram, block in zip(statistics.gram, scaled.blocks, strict=True):
+    for gram, block in zip(statistics.grams, scaled.blocks, strict=True):
         alone = torch.zeros_like(whole)
         alone[block] = whole[block]
         written = energy * gram[: scaled.rank, : scaled.rank]

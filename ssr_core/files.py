@@ -1,26 +1,21 @@
-"""Files: LoRAs and statistics as safetensors, read with checks and written whole or not at all."""
+"""Files: LoRAs as safetensors, read with checks and written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration import Calibration
-from .correction import Correction
-from .errors import LoraError, StatisticsError
-from .lora import Lora, find_order
+from .errors import LoraError
+from .lora import Lora
 from .low_rank_update import LowRankUpdate
 from .peft_config import read_peft_config
-from .site import Site, Updates, canonical, join_rows, sum_by_site
+from .site import Site, Updates, join_rows, sum_by_site
 from .storage import read_safetensors, sha256, write_safetensors
-from .subspace import join_loras
-from .sufficient_statistics import SufficientStatistics
 
 _HALVES = (  # down, up: kohya, PEFT, diffusers
     (".lora_down.weight", ".lora_up.weight"),
@@ -135,107 +130,6 @@ def save_lora(
 ) -> None:
     """Write a merged LoRA. The file appears whole or not at all."""
     write_safetensors(to_state_dict(updates, prefix, dtype), path, metadata or {})
-
-
-def save_statistics(
-    calibration: Calibration, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write what was measured, without the LoRAs themselves. The file appears whole or not at all."""
-    tensors, header = statistics_state(calibration)
-    write_safetensors(tensors, path, {**(metadata or {}), **header})
-
-
-def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What was measured as tensors and a header of strings: float64, the upper triangles only."""
-    tensors, sites = _context_rows(calibration), []
-    for index, (site, statistics) in enumerate(calibration.statistics.items()):
-        rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
-        tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
-        where = [site.module, site.start, site.stop, site.out_features]
-        counts: dict[str, tuple[float, ...]] = {"tokens": statistics.tokens, "samples": statistics.samples}
-        levels = [sorted(levels) for levels in statistics.levels]
-        if correction := calibration.corrections.get(site):
-            tensors[f"correction.gram/{index}"] = correction.gram.contiguous()
-            tensors[f"correction.target/{index}"] = correction.target.contiguous()
-            counts["strengths"] = correction.strengths
-        sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
-    loras = [
-        {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
-        for lora in calibration.loras
-    ]
-    return tensors, {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
-
-
-def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
-    """Read what was measured with these LoRAs, in whichever order they are given.
-
-    Raises:
-        StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
-    """
-    file = Path(path)
-    return statistics_from(*read_safetensors(file, StatisticsError), loras, file.name)
-
-
-def statistics_from(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], loras: Sequence[Lora], file: str
-) -> Calibration:
-    """What `statistics_state` gave, read with these LoRAs, in whichever order they are given; errors name `file`."""
-    if metadata.get("ssr.format") != "statistics 1":
-        raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
-    try:
-        entries = json.loads(metadata["ssr.sites"])
-        read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
-        corrections = {Site(*e["site"]): _correction(tensors, i, e) for i, e in enumerate(entries) if "strengths" in e}
-        known = {key: [lora[key] for lora in json.loads(metadata["ssr.loras"])] for key in ("name", "fingerprint")}
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
-    try:
-        order = find_order(known["name"], known["fingerprint"], loras)
-    except StatisticsError as error:
-        raise StatisticsError(f"{file} was {error}") from None
-    saved = [loras[order.index(task)] for task in range(len(order))]
-    modules = {canonical(site.module): site.module for site in read}
-    saved = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in saved]
-    joined = join_loras(saved)
-    other = StatisticsError(f"{file} does not hold the layers of these LoRAs; collect and save the statistics again.")
-    if read.keys() != {site for site, space in joined.items() if space.is_routed}:
-        raise other
-    subspaces = {}
-    for site, space in joined.items():
-        context = tensors.get(f"context/{site.module}") if space.is_routed else None
-        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
-            raise other
-        subspaces[site] = space if context is None else space.with_context(context)
-    for site, statistics in read.items():
-        statistics.check(subspaces[site], f"{file}: {site}")
-    for site, correction in corrections.items():
-        correction.check(subspaces[site], f"{file}: {site}")
-    return Calibration(tuple(saved), subspaces, read, corrections).reordered(order)
-
-
-def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
-    """The context rows of each module, (context, in); its sites share them."""
-    rows = {}
-    for site, space in calibration.subspaces.items():
-        if space.context:
-            rows[f"context/{site.module}"] = space.context_rows.contiguous()
-    return rows
-
-
-def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics:
-    size = int(((8 * packed.shape[1] + 1) ** 0.5 - 1) // 2)
-    rows, columns = torch.triu_indices(size, size).unbind()
-    gram = torch.zeros(packed.shape[0], size, size, dtype=torch.float64)
-    gram[:, rows, columns] = packed.double()
-    gram[:, columns, rows] = packed.double()
-    tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
-    levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])  # type: ignore[attr-defined]
-    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples, levels)
-
-
-def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any]) -> Correction:
-    gram, target = (tensors[f"correction.{kind}/{index}"] for kind in ("gram", "target"))
-    return Correction(gram, target, str(entry["fingerprint"]), tuple(map(float, entry["strengths"])))
 
 
 def _strip(key: str) -> str:

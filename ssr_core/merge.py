@@ -15,6 +15,7 @@ from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
 from .errors import SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
+from .parallel import each
 from .rank import Directions, spread_ranks
 from .router import Ridge
 from .selection import Rule, treatment_of
@@ -57,7 +58,7 @@ class MergeSettings:
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
 
-REMEMBERED_BYTES = 2**30  # of directions that are kept between the two passes over the sites that spread ranks take
+REMEMBERED_BYTES = 2**30  # of solutions that are kept between the two passes over the sites that spread ranks take
 
 MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, corrected=False, count_absent=False)
 
@@ -107,29 +108,37 @@ def merge(
         )
 
     spread = settings.spread and settings.rank >= 1
-    kept = [site for site, treatment in treatments.items() if treatment != "drop"]
-    total = len(calibration.subspaces) + len(kept) * spread
+    sites = list(calibration.subspaces)
+    kept = [site for site in sites if treatments[site] != "drop"] if spread else []
+    total = len(sites) + len(kept)
     spectra: dict[Site, tuple[float, ...]] = {}
-    known: dict[Site, Directions] = {}  # which take longest to find
-    for site in kept if spread else ():
+    known: dict[Site, tuple[Solution, Directions]] = {}
+    for site, (solution, directions) in zip(kept, each(lambda site: _with_directions(solved(site)), kept), strict=True):
         on_site(len(spectra), total)
-        directions = solved(site).directions()
         spectra[site] = directions.spectrum
-        if sum(found.vectors.nbytes for found in known.values()) < REMEMBERED_BYTES:
-            known[site] = directions
+        if sum(found.nbytes for found, _ in known.values()) < REMEMBERED_BYTES:
+            known[site] = solution, directions
     costs = {
         site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
     }
     ranks = spread_ranks(spectra, costs, int(settings.rank))
-    for done, site in enumerate(calibration.subspaces):
-        on_site(total - len(calibration.subspaces) + done, total)
+
+    def made(site: Site) -> tuple[LowRankUpdate | None, SiteReport]:
         if treatments[site] == "drop":
-            reports.append(_left_out(site, calibration.subspaces[site].scaled(strengths), measured.get(site)))
-            continue
-        update, report = solved(site).cut(ranks.get(site, settings.rank), known.pop(site, None))
+            return None, _left_out(site, calibration.subspaces[site].scaled(strengths), measured.get(site))
+        solution, directions = known.pop(site, None) or (solved(site), None)
+        return solution.cut(ranks.get(site, settings.rank), directions)
+
+    for done, (site, (update, report)) in enumerate(zip(sites, each(made, sites), strict=True)):
+        on_site(total - len(sites) + done, total)
         reports.append(report)
-        updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+        if update is not None:
+            updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
+
+
+def _with_directions(solution: Solution) -> tuple[Solution, Directions]:
+    return solution, solution.directions()
 
 
 def _left_out(site: Site, scaled: Subspace, statistics: SufficientStatistics | None) -> SiteReport:

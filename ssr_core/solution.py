@@ -38,6 +38,12 @@ class Solution:
         """L, the metric that truncation measures in."""
         return self.equations.factor if self.equations else isotropic_factor(self.scaled.plain_stack())
 
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in memory, with its directions and beside the statistics."""
+        size, own = self.router.shape[1], self.basis.nbytes if self.has_own_basis else 0
+        return 8 * 6 * size**2 + own
+
     def directions(self) -> Directions:
         return Directions.of(self.router.mT @ self.energy @ self.router, self.factor)
 

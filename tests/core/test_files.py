@@ -441,9 +441,9 @@ def test_damaged_statistics_are_refused_by_file(damage, tmp_path):
     elif damage == "no json":
         header["ssr.sites"] = header["ssr.sites"][:-5]
     elif damage == "no tensor":
-        del tensors["gram/0"]
+        del tensors["gram/0/1"]
     else:
-        tensors["gram/0"] = tensors["gram/0"][:, :-1].contiguous()
+        tensors["gram/0/1"] = tensors["gram/0/1"][:-1].contiguous()
     save_file(tensors, path, metadata=header)
     with pytest.raises(StatisticsError, match=r"stats\.safetensors is damaged"):
         load_statistics(path, calibration.loras)
@@ -451,7 +451,7 @@ def test_damaged_statistics_are_refused_by_file(damage, tmp_path):
 
 def test_statistics_with_values_that_are_not_finite_are_refused_by_file_and_site(tmp_path):
     calibration, path = measured(), tmp_path / "stats.safetensors"
-    next(iter(calibration.statistics.values())).gram[0, 0, 0] = torch.nan
+    next(iter(calibration.statistics.values())).grams.packed[0][0] = torch.nan
     save_statistics(calibration, path)
     with pytest.raises(StatisticsError, match=r"stats\.safetensors: 0: .*NaN"):
         load_statistics(path, calibration.loras)

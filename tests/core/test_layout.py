@@ -10,10 +10,22 @@ import ssr_core
 
 FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
-    *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
-    *("correction", "calibration", "layer", "sketch", "recording", "refinement", "collect"),
-    *("router", "rank", "selection", "diagnostics", "solution", "merge", "conflict", "advice", "storage"),
-    *("peft_config", "files"),
+    *("errors", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
+    *("sufficient_statistics",),
+    *(
+        "accumulator",
+        "correction",
+        "calibration",
+        "layer",
+        "sketch",
+        "choice",
+        "tap",
+        "recording",
+        "refinement",
+        "collect",
+    ),
+    *("router", "rank", "selection", "diagnostics", "solution", "merge", "conflict", "advice"),
+    *("storage", "peft_config", "files", "statistics_file"),
 )
 OUTSIDE = {"torch", "safetensors"}
 
