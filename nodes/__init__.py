@@ -3,6 +3,7 @@
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
 
 SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
+SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
 """
 
 from comfy_api.latest import ComfyExtension, io
@@ -12,8 +13,10 @@ from .add_lora_stack import SSRAddLoRAStack
 from .add_stats import SSRAddStats
 from .apply import SSRApply
 from .collect_stats import SSRCollectStats
+from .compare import SSRCompare
 from .load_stats import SSRLoadStats
 from .prompts import SSRPrompts
+from .quick_merge import SSRQuickMerge
 from .report import SSRReport
 from .save_lora import SSRSaveLoRA
 from .save_stats import SSRSaveStats
@@ -25,7 +28,8 @@ class SSRMergeExtension(ComfyExtension):
         return [
             *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
-            *(SSRSolve, SSRApply, SSRSaveLoRA),
+            *(SSRSolve, SSRApply, SSRSaveLoRA, SSRCompare),
+            SSRQuickMerge,
         ]
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..ssr_core import Conflict
+from .picture import image_of
 
 WIDTH = 1024  # pixels; labels are still read at half of it
 DPI = 100
@@ -30,7 +31,7 @@ def chart(conflict: Conflict) -> Tensor:
         from matplotlib.figure import Figure
     except ImportError:
         logging.warning(MISSING)
-        return _image(_notice(MISSING))
+        return image_of(_notice(MISSING))
     rows = len(conflict.names)
     top, bottom = 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
     with _style():
@@ -45,7 +46,7 @@ def chart(conflict: Conflict) -> Tensor:
         _ranks(ranks, conflict)
         canvas.draw()
         pixels = numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return _image(Image.fromarray(pixels))
+    return image_of(Image.fromarray(pixels))
 
 
 def _style() -> Any:
@@ -184,7 +185,3 @@ def _notice(text: str) -> Image.Image:
         (40, WIDTH // 8), textwrap.fill(text, 58), INK, ImageFont.load_default(28), anchor="lm", spacing=12
     )
     return sheet
-
-
-def _image(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(numpy.asarray(picture.convert("RGB")).astype(numpy.float32) / 255)[None]

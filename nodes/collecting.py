@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import comfy.utils
-import latent_preview
-import torch
-
 from ..ssr_core import Calibration, LoraError, SSRError, StatisticsError
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
 from .calibrate import calibrate
 from .collection import Collection
 from .patches import read_tasks
+from .progress import show_steps
 from .provenance import describe
 from .runs import REFINE, Sampling, plan
 from .sockets import Stats, Task
@@ -64,7 +61,7 @@ def collect(
     runs = plan(encoded, sampling, 0 if like is not None else context, refine)
     calibration, silent = calibrate(
         *(model, loras, runs, latent, context),
-        on_step=_progress(model, sum(run.steps + run.unseen for run in runs)),
+        on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
         on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"),
         before=before,
         earlier=earlier,
@@ -90,18 +87,6 @@ def _check(sampling: Sampling, before: Any) -> None:
             "model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
             "start_at_step to where it hands over."
         )
-
-
-def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
-    """One bar over all LoRAs, prompts and steps, with ComfyUI's own preview."""
-    bar = comfy.utils.ProgressBar(total)
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def on_step(x0: torch.Tensor) -> None:
-        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
-        bar.update_absolute(min(bar.current + 1, total), total, preview)
-
-    return on_step
 
 
 def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:

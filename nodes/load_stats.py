@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
+from .file_state import state_of
 from .sockets import CATEGORY, SSRStats, SSRTasks, Stats, Task, say, schema
 from .stats_file import load
 from .stats_folder import find, listed
@@ -44,11 +45,7 @@ class SSRLoadStats(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> str:
-        path = listed().get(file)
-        if path is None:
-            return file
-        stat = path.stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"  # a file replaced under the same name is another one
+        return state_of(listed().get(file), file)
 
     @classmethod
     def execute(cls, file: str, model: Any, tasks: tuple[Task, ...], clip: Any = None) -> io.NodeOutput:

@@ -132,11 +132,13 @@ def _encoded(clip: Any, lora: LoadedLora, negative: Sequence[Any]) -> Task:
     if lora.text.patches:
         clip = clip.clone()
         clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
-    positive, other = ([_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative))
+    positive, other = (
+        [encode_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative)
+    )
     return replace(lora.task, conditioning=positive, negative=other)
 
 
-def _anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
+def encode_anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
     """An entry of CONDITIONING encoded again, if its text is known and its tensor is still what the text gave.
 
     Whatever other nodes did to it is kept: to its options as well as, then unread, to its tensor.
