@@ -33,9 +33,9 @@ class Node:
     inputs: Mapping[str, Source] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     height: int | None = None
-    room: int = 0  # below the widgets, for what the node says when it has run
     colour: str | None = None
     models: Sequence[Mapping[str, str]] = ()  # files that ComfyUI offers to download
+    room: int = 0  # below the widgets, for what the node says when it has run
     id: int = 0
     pos: tuple[int, int] = (0, 0)
     size: tuple[int, int] = (0, 0)

@@ -12,6 +12,11 @@ from .graph import GAP, TITLE, Node, Source, note
 PICTURE = 362  # height of a shown picture, as that of the nodes that draw it
 BLUE, GREEN, AMBER, PURPLE, GREY = "#3f789e", "#8A8", "#b58b2a", "#a1309b", "#88A"
 
+YOURS = (
+    "Green nodes are yours to fill in. Choose your LoRAs and write, for each, a few different prompts **with its "
+    "trigger words** ({words}), one per line."
+)
+
 MERGING = (
     "**SSR Collect Stats** is the slow step: it samples every calibration prompt with the LoRA that the prompt is for. "
     "Its result is kept as long as nothing before it changes, so after changing **SSR Solve** only the merge and the "
@@ -209,3 +214,14 @@ def stack_with_clip(loras: Sequence[Lora], base: Base) -> tuple[list[Node], Sour
         nodes.append(Node("LoraLoader", f"Load LoRA: {lora.what}", inputs, values))
         model, clip = nodes[-1]["MODEL"], nodes[-1]["CLIP"]
     return nodes, model, clip
+
+
+def with_note(columns: Sequence[Sequence[Node]], yours: str | None) -> list[tuple[int, list[Node | int]]]:
+    """Columns of a chain of LoRAs with their widths, a note above the first."""
+    widths = {"SSRPrompts": 400, "FluxGuidance": 210, "SSRAddLoRA": 320}
+    return [(widths[column[0].kind], [*([_above(column, yours)] if yours else []), *column]) for column in columns]
+
+
+def _above(column: Sequence[Node], text: str) -> Node | int:
+    """The note stands over the prompts; the other columns leave its height free."""
+    return note("Your LoRAs", text, height=130) if column[0].kind == "SSRPrompts" else 130 + 54
