@@ -172,7 +172,7 @@ def _merge_and_compare(
         values = {"text": base.negative}
         negative = Node("SSRPrompts", "Negative prompt", {"clip": base.clip}, values, 120)
         extra = {"negative": negative["calibration"], "clip": base.clip}
-    latent, collecting = collect(base, tasks, batch, **extra)
+    latent, collecting = collect(base, tasks, extra, batch)
     solving = solve(collecting["stats"])
     picture_size = size(base)
     applied_inputs = {"model": base.model, "lora": solving["lora"]}

@@ -134,10 +134,10 @@ def _guidance(source: Source, value: float, height: int | None = None) -> Node:
     return Node("FluxGuidance", None, {"conditioning": source}, {"guidance": value}, height)
 
 
-def collect(base: Base, tasks: Source, batch: int = 1, **inputs: Any) -> tuple[Node, Node]:
+def collect(base: Base, tasks: Source, inputs: Mapping[str, Source] | None = None, batch: int = 1) -> tuple[Node, Node]:
     """(empty latent, SSR Collect Stats)"""
     latent = Node(base.latent, "Calibration size", values={**base.size, "batch_size": batch})
-    sockets = {"model": base.model, "tasks": tasks, "latent": latent["LATENT"], **inputs}
+    sockets = {"model": base.model, "tasks": tasks, "latent": latent["LATENT"], **(inputs or {})}
     return latent, Node("SSRCollectStats", None, sockets, base.calibration_values(), room=56, colour="merge")
 
 

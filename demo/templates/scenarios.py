@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import bases
 from .bases import Base
-from .graph import Group, Node, note
+from .graph import Group, Node, Source, note
 from .parts import (
     AMBER,
     ANNA,
@@ -245,7 +245,8 @@ def wan_two_experts() -> list[Group]:
     high, low = bases.wan()
     loras = (ANNA, INKWASH)
     prompts, high_adders = chain([_for(lora, "high") for lora in loras], high)[0]
-    low_adders, tasks = [], {}
+    low_adders: list[Node] = []
+    tasks: dict[str, Source] = {}
     for lora, prompt in zip(loras, prompts, strict=True):
         expert = _for(lora, "low")
         values = {"lora_name": expert.file, "strength": expert.strength}
@@ -254,11 +255,11 @@ def wan_two_experts() -> list[Group]:
         tasks = {"tasks": low_adders[-1]["tasks"]}
     negative = Node("SSRPrompts", "Negative prompt", {"clip": high.clip}, {"text": high.negative}, 120)
     more = {"negative": negative["calibration"]}
-    latent, high_collect = collect(high, high_adders[-1]["tasks"], **more)
+    latent, high_collect = collect(high, high_adders[-1]["tasks"], more)
     high_collect.title = "SSR Collect Stats: high noise"
     high_solve = solve(high_collect["stats"])
     high_apply = Node("SSRApply", "SSR Apply: high noise", {"model": high.model, "lora": high_solve["lora"]})
-    low_collect = collect(low, tasks["tasks"], model_before=high_apply["model"], **more)[1]
+    low_collect = collect(low, tasks["tasks"], {"model_before": high_apply["model"], **more})[1]
     low_collect.inputs = {**low_collect.inputs, "latent": latent["LATENT"]}
     low_collect.title = "SSR Collect Stats: low noise"
     low_solve = solve(low_collect["stats"])
