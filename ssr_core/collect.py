@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .correction import Correction
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
+from .parallel import each
 from .recording import Recording
 from .refinement import Refinement
 from .site import Site
@@ -121,10 +123,12 @@ class StatisticsCollector:
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
-            self._surveys[module] = self._surveys.get(module, torch.zeros_like(sketched)) + sketched
+            known = self._surveys.get(module)
+            self._surveys[module] = sketched.float() if known is None else known + sketched.float()
         if survey:
-            found, known = recording.followers.items(), self._shared
-            self._shared = {m: leader for m, leader in found if known is None or known.get(m) == leader}
+            before = self._shared
+            followers = recording.followers.items()
+            self._shared = {m: leader for m, leader in followers if before is None or before.get(m) == leader}
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
 
@@ -134,12 +138,14 @@ class StatisticsCollector:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
         leaders = self._shared or {}
-        found = {m: principal_rows(sketched, rows) for m, sketched in self._surveys.items() if m not in leaders}
+        own = [module for module in self._surveys if module not in leaders]
+        found = dict(zip(own, each(lambda m: principal_rows(self._surveys[m].double(), rows), own), strict=True))
         found |= {module: found[leader] for module, leader in leaders.items()}
         self.subspaces = {
             site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
             for site, space in self.subspaces.items()
         }
+        self._surveys.clear()
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -152,11 +158,16 @@ class StatisticsCollector:
         """Everything collected so far. Sites carry the names of the model's modules."""
         renamed = self._renamed
         return Calibration(
-            self.loras,
+            tuple(self._views(task) for task in range(len(self.loras))),
             {renamed(site): space for site, space in self.subspaces.items()},
             {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
             {renamed(site): correction for site, correction in self._corrections.items()},
         )
+
+    def _views(self, task: int) -> Lora:
+        """The LoRA with its factors where the joint subspaces keep them, so that nothing is in memory twice."""
+        present = ((site, space) for site, space in self.subspaces.items() if space.ranks[task])
+        return replace(self.loras[task], updates={self._renamed(site): space.task(task) for site, space in present})
 
     def _renamed(self, site: Site) -> Site:
         return Site(self._names.get(site.module, site.module), site.start, site.stop, site.out_features)
