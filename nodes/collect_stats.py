@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,13 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..ssr_core import Calibration, LoraError, SSRError
+from ..ssr_core import Calibration, LoraError, Requirement, SSRError
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
 from .calibrate import calibrate
 from .patches import read_tasks
 from .provenance import describe
+from .room import size
 from .runs import LAST, REFINE, TOKENS, Sampling, plan
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, say, schema
 from .text_encoder import calibrate_text
@@ -202,6 +204,7 @@ class SSRCollectStats(io.ComfyNode):
             on_run=lambda number: say(
                 cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
             ),
+            on_need=lambda need: say(cls, _needs(need, model.load_device)),
             before=model_before,
         )
         say(cls, _summary(calibration, tasks, time.perf_counter() - started))
@@ -235,6 +238,13 @@ def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
         bar.update_absolute(min(bar.current + 1, total), total, preview)
 
     return on_step
+
+
+def _needs(need: Requirement, device: torch.device) -> str:
+    there = f"{size(need.device)} on {device} beside the model, " if device.type != "cpu" else ""
+    text = f"Collecting takes about {there}{size(need.host)} of memory."
+    logging.info("SSR Collect Stats: %s", text)
+    return text
 
 
 def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:

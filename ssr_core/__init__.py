@@ -32,6 +32,7 @@ from .merge import Merge, MergeSettings, merge
 from .rank import truncate
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import Requirement
 from .router import Ridge, normal_equations, route, solve_router
 from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
@@ -53,6 +54,7 @@ __all__ = [
     "Recording",
     "Refinement",
     "Report",
+    "Requirement",
     "Residual",
     "Ridge",
     "Rule",

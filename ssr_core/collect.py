@@ -17,13 +17,13 @@ from .low_rank_update import LowRankUpdate
 from .parallel import each
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import LARGE, Requirement
 from .site import Site
 from .sketch import principal_rows
 from .subspace import Subspace, join_loras
 from .sufficient_statistics import SufficientStatistics, not_finite
 
 CONTEXT = 128  # context rows per layer
-LARGE = 4 * 2**30  # bytes of statistics in float64 from which they are kept in float32
 
 
 class StatisticsCollector:
@@ -150,9 +150,13 @@ class StatisticsCollector:
     @property
     def _dtype(self) -> torch.dtype:
         """What statistics are kept in: where they grow large, rounding to float32 is the smaller evil."""
-        sizes = (len(space.down) for space in self.subspaces.values() if space.is_routed)
-        projected = 4 * len(self.loras) * sum(size * (size + 1) for size in sizes)
-        return torch.float64 if projected < LARGE else torch.float32
+        sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
+        exact = sum(4 * len(self.loras) * size * (size + 1) for size in sizes) < LARGE
+        return torch.float64 if exact else torch.float32
+
+    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
+        """The memory that collecting will take, see Requirement.of."""
+        return Requirement.of(self.subspaces, context, refine, itemsize)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""
