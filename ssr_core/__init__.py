@@ -23,6 +23,7 @@ from .calibration import Calibration
 from .collect import StatisticsCollector
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
+from .distributed import sum_calibrations, sum_surveys
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, read_pairs, save_lora, to_state_dict
@@ -85,6 +86,8 @@ __all__ = [
     "save_lora",
     "save_statistics",
     "solve_router",
+    "sum_calibrations",
+    "sum_surveys",
     "to_state_dict",
     "treatment_of",
     "truncate",

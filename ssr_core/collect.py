@@ -47,9 +47,10 @@ class StatisticsCollector:
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
+        self._surveys = 0  # how many there were
         self._surveyed = 0  # context rows that the surveys looked for
-        self._surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
-        self._shared: dict[str, str] | None = None  # modules that have the input of another one in all surveys
+        self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
 
     @contextmanager
     def watching(self, model: nn.Module, task: int) -> Iterator[Recording]:
@@ -114,7 +115,7 @@ class StatisticsCollector:
         """
         check_task(task, self.loras)
         strength = self.loras[task].strength
-        recording = Recording(self.subspaces, task, strength, survey, tokens, self._shared, self._dtype)
+        recording = Recording(self.subspaces, task, strength, survey, tokens, self.shared, self._dtype)
         try:
             yield recording
         finally:
@@ -123,12 +124,13 @@ class StatisticsCollector:
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
-            known = self._surveys.get(module)
-            self._surveys[module] = sketched.float() if known is None else known + sketched.float()
+            known = self.surveys.get(module)
+            self.surveys[module] = sketched.float() if known is None else known + sketched.float()
         if survey:
-            before = self._shared
-            followers = recording.followers.items()
-            self._shared = {m: leader for m, leader in followers if before is None or before.get(m) == leader}
+            followers = recording.followers
+            again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
+            self.shared = again if self._surveys else followers
+            self._surveys += 1
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
 
@@ -137,15 +139,15 @@ class StatisticsCollector:
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
-        leaders = self._shared or {}
-        own = [module for module in self._surveys if module not in leaders]
-        found = dict(zip(own, each(lambda m: principal_rows(self._surveys[m].double(), rows), own), strict=True))
+        leaders = self.shared
+        own = [module for module in self.surveys if module not in leaders]
+        found = dict(zip(own, each(lambda m: principal_rows(self.surveys[m].double(), rows), own), strict=True))
         found |= {module: found[leader] for module, leader in leaders.items()}
         self.subspaces = {
             site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
             for site, space in self.subspaces.items()
         }
-        self._surveys.clear()
+        self.surveys.clear()
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
     *("errors", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
     *("sufficient_statistics", "accumulator", "correction", "calibration", "layer", "sketch", "choice", "tap"),
-    *("recording", "refinement", "requirement", "collect", "router", "rank", "selection", "diagnostics"),
+    *("recording", "refinement", "requirement", "collect", "distributed", "router", "rank", "selection", "diagnostics"),
     *("solution", "merge", "files", "statistics_file"),
 )
 OUTSIDE = {"torch", "safetensors"}
