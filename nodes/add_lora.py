@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
+from .file_state import state_of
 from .sockets import CATEGORY, LoraModelSocket, SSRTasks, Task, schema
 
 NONE = "(use the lora input)"
@@ -58,11 +59,7 @@ class SSRAddLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
-        path = folder_paths.get_full_path("loras", lora_name)
-        if path is None:
-            return lora_name
-        stat = Path(path).stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"  # a file replaced under the same name is another LoRA
+        return state_of(folder_paths.get_full_path("loras", lora_name), lora_name)
 
     @classmethod
     def execute(

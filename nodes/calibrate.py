@@ -34,6 +34,7 @@ def calibrate(
     on_run: Callable[[int], None],
     on_need: Callable[[Requirement], None] = lambda need: None,
     before: Any = None,
+    earlier: Calibration | None = None,
 ) -> tuple[Calibration, tuple[str, ...]]:
     """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
 
@@ -42,8 +43,10 @@ def calibrate(
         on_run: called with the number of each run before it starts.
         on_need: called first, with the memory that all of it will take.
         before: the model that samples the steps before the first that is looked at.
+        earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
+            refinement looks at is made from both.
     """
-    collector = StatisticsCollector([one.lora for one in loaded])
+    collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
     refine = any(run.kind is Kind.REFINE for run in runs)
     need = collector.requirement(context, refine, itemsize(patcher))
     on_need(need)
@@ -56,7 +59,8 @@ def calibrate(
         if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
             collector.see(context)
         if run.kind is Kind.REFINE and run.index == 0:
-            updates = merge(collector.calibration(), on_site=_interruptible).updates
+            known = collector.calibration()
+            updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
             begins = begun.get(run.index, ())
             sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begins, need.device)

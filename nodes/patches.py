@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Site
 from ..ssr_core.expansion import RANK
-from ..ssr_core.files import find_pairs, sha256
+from ..ssr_core.files import find_pairs
 from ..ssr_core.site import sum_by_site
+from ..ssr_core.storage import sha256
 from . import adapters
 from .account import LEFT_OUT, Account, Expanded, Fate, fates_of
 from .keys import ADAPTER, TEXT_ENCODER, owner

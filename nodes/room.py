@@ -25,7 +25,7 @@ def check_host(need: Requirement) -> None:
     free = management.get_free_memory(torch.device("cpu"))
     if need.host > free:
         raise SSRError(
-            f"SSR Collect Stats: the statistics of these LoRAs need {size(need.host)} of memory, and {size(free)} are "
+            f"The statistics of these LoRAs need {size(need.host)} of memory, and {size(free)} are "
             "free. Set refine to 0 (it needs most of it), lower context, or merge fewer LoRAs at a time."
         )
 
@@ -45,7 +45,7 @@ def make_room(need: int, device: torch.device) -> torch.Tensor | None:
         return torch.empty(need, dtype=torch.uint8, device=device)
     except torch.cuda.OutOfMemoryError as error:
         raise SSRError(
-            f"SSR Collect Stats: it needs {size(need)} on {device} beside the model, and less is free. Lower context, "
+            f"Collecting needs {size(need)} on {device} beside the model, and less is free. Lower context, "
             "set refine to 0, or merge fewer LoRAs at a time."
         ) from error
 

@@ -26,7 +26,7 @@ def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, befor
         before: the model that samples these steps; None = `patcher`.
     """
     model = before or patcher
-    samples, sigmas = _fitting(patcher, latent), _sigmas(model, run.sampling)[: run.sampling.start + 1]
+    samples, sigmas = fitting(patcher, latent), _sigmas(model, run.sampling)[: run.sampling.start + 1]
     sampler = comfy.samplers.sampler_object(run.sampling.sampler)
     begun = []
     for index, prompt in enumerate(run.prompts):
@@ -55,7 +55,7 @@ def sample(
     """
     given = run.task.latent
     latent = latent if given is None else dict(given)
-    samples = _fitting(patcher, latent)
+    samples = fitting(patcher, latent)
     sampler = comfy.samplers.sampler_object(run.sampling.sampler) if given is None else Revisit()
     sigmas = _sigmas(patcher, run.sampling)
     end = len(sigmas) if run.sampling.stop >= run.sampling.steps else run.sampling.stop + 1
@@ -153,7 +153,7 @@ class Revisit(comfy.samplers.Sampler):
         return latent_image
 
 
-def _fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
+def fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
     """The latent with the channels and size that this model wants."""
     ratios = {k: latent[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent}
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)

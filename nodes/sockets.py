@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ssr_core import Calibration, Lora
 from ..ssr_core.site import Updates
 from .account import Account
+from .collection import Collection
 
 CATEGORY = "SSR Merge"
 
@@ -99,6 +100,12 @@ class Stats:
     with_clip: bool  # whether the text encoder was there, so that the names in `loras` are its own
     silent: tuple[str, ...]  # modules that a LoRA changes and that never ran
     provenance: Mapping[str, str]  # metadata for the file that is saved in the end
+    collections: tuple[Collection, ...]  # how it was measured: once, unless statistics were added
+
+    @property
+    def model(self) -> str:
+        """ComfyUI's class of the model it was measured on."""
+        return self.collections[0].model
 
 
 class LoraModel(dict[str, Tensor]):

@@ -19,8 +19,10 @@ stood beside each LoRA alone; with them the solution is no longer `up` times a r
 """
 
 from .accumulator import Accumulator
+from .advice import advise
 from .calibration import Calibration
 from .collect import StatisticsCollector
+from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
 from .distributed import sum_calibrations, sum_surveys
@@ -44,6 +46,7 @@ from .sufficient_statistics import SufficientStatistics
 __all__ = [
     "Accumulator",
     "Calibration",
+    "Conflict",
     "Correction",
     "Expansion",
     "Lora",
@@ -61,15 +64,18 @@ __all__ = [
     "Rule",
     "SSRError",
     "Site",
+    "SiteConflict",
     "SiteReport",
     "SolveError",
     "StatisticsCollector",
     "StatisticsError",
     "Subspace",
     "SufficientStatistics",
+    "advise",
     "align_rows",
     "check_rules",
     "concatenate",
+    "find_conflict",
     "hadamard",
     "join_loras",
     "join_rows",

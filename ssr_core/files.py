@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import LoraError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
 from .site import Site, Updates, join_rows, sum_by_site
+from .storage import read_safetensors, sha256, write_safetensors
 
 _HALVES = (  # down, up: kohya, PEFT, diffusers
     (".lora_down.weight", ".lora_up.weight"),
@@ -123,41 +120,6 @@ def save_lora(
 ) -> None:
     """Write a merged LoRA. The file appears whole or not at all."""
     write_safetensors(to_state_dict(updates, prefix, dtype), path, metadata or {})
-
-
-def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file; `error` names the file and what is wrong with it."""
-    if not file.is_file():
-        raise error(f"{file} does not exist.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{file.name} is not a whole safetensors file ({cause}); download or save it again.") from cause
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name in the same folder, then rename: readers never see half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what new files get here; save_file makes private ones
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _strip(key: str) -> str:

@@ -96,7 +96,7 @@ def merge(
         for site, space in calibration.subspaces.items()
         if space.is_shared or (space.is_routed and settings.count_absent)
     }
-    weights = _weights(calibration, settings)
+    weights = task_weights(calibration, settings)
     corrections = _corrections(calibration, strengths) if settings.corrected and settings.routing else {}
 
     treatments = {site: treatment_of(site.module, settings.rules) for site in calibration.subspaces}
@@ -149,7 +149,7 @@ def _left_out(site: Site, scaled: Subspace, statistics: SufficientStatistics | N
     return SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
 
 
-def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
+def task_weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
     """(K,) for each shared site: what each task's sums are multiplied with."""
     given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
     shares = _effects(calibration) if settings.balanced else {}

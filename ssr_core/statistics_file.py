@@ -14,16 +14,24 @@ from torch import Tensor
 from .calibration import Calibration
 from .correction import Correction
 from .errors import StatisticsError
-from .files import read_safetensors, write_safetensors
 from .grams import Grams
-from .lora import Lora
+from .lora import Lora, find_order
 from .site import Site, canonical
+from .storage import read_safetensors, write_safetensors
 from .subspace import Subspace, join_loras
 from .sufficient_statistics import SufficientStatistics
 
 
-def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> None:
-    """Write what was measured, without the LoRAs themselves: the upper triangles only."""
+def save_statistics(
+    calibration: Calibration, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write what was measured, without the LoRAs themselves. The file appears whole or not at all."""
+    tensors, header = statistics_state(calibration)
+    write_safetensors(tensors, path, {**(metadata or {}), **header})
+
+
+def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What was measured as tensors and a header of strings: the upper triangles only."""
     tensors, sites = _context_rows(calibration), []
     for index, (site, statistics) in enumerate(calibration.statistics.items()):
         tensors |= {f"gram/{index}/{task}": gram for task, gram in enumerate(statistics.grams.packed) if len(gram)}
@@ -35,31 +43,44 @@ def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> N
             tensors |= {f"correction.target/{index}/{k}": t for k, t in enumerate(correction.targets) if len(t)}
             counts["strengths"] = correction.strengths
         sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
-    loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
-    header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
-    write_safetensors(tensors, path, header)
+    loras = [
+        {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
+        for lora in calibration.loras
+    ]
+    return tensors, {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
 
 
 def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
-    """Read what was measured with these LoRAs, given in the same order.
+    """Read what was measured with these LoRAs, in whichever order they are given.
 
     Raises:
         StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
     """
     file = Path(path)
-    tensors, metadata = read_safetensors(file, StatisticsError)
+    return statistics_from(*read_safetensors(file, StatisticsError), loras, file.name)
+
+
+def statistics_from(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], loras: Sequence[Lora], file: str
+) -> Calibration:
+    """What `statistics_state` gave, read with these LoRAs, in whichever order they are given; errors name `file`."""
     if metadata.get("ssr.format") != "statistics 1":
-        raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
+        raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
     damaged = (KeyError, TypeError, ValueError, RuntimeError)
     try:
         entries = [(Site(*entry["site"]), entry) for entry in json.loads(metadata["ssr.sites"])]
-        names = ", ".join(lora["name"] for lora in json.loads(metadata["ssr.loras"]))
+        known = {key: [lora[key] for lora in json.loads(metadata["ssr.loras"])] for key in ("name", "fingerprint")}
     except damaged as error:
-        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
+        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
+    try:
+        order = find_order(known["name"], known["fingerprint"], loras)
+    except StatisticsError as error:
+        raise StatisticsError(f"{file} was {error}") from None
+    saved = [loras[order.index(task)] for task in range(len(order))]
     modules = {canonical(site.module): site.module for site, _ in entries}
-    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
-    joined = join_loras(loras)
-    other = StatisticsError(f"{file.name} was measured with other LoRAs ({names}); collect them again.")
+    saved = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in saved]
+    joined = join_loras(saved)
+    other = StatisticsError(f"{file} does not hold the layers of these LoRAs; collect and save them again.")
     if {site for site, _ in entries} != {site for site, space in joined.items() if space.is_routed}:
         raise other
     subspaces = {}
@@ -77,12 +98,12 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
             s: _correction(tensors, i, e, subspaces[s]) for i, (s, e) in enumerate(entries) if "strengths" in e
         }
     except damaged as error:
-        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
+        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
     for site, statistics in read.items():
-        statistics.check(subspaces[site], f"{file.name}: {site}")
+        statistics.check(subspaces[site], f"{file}: {site}")
     for site, correction in corrections.items():
-        correction.check(subspaces[site], f"{file.name}: {site}")
-    return Calibration(tuple(loras), subspaces, read, corrections)
+        correction.check(subspaces[site], f"{file}: {site}")
+    return Calibration(tuple(saved), subspaces, read, corrections).reordered(order)
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:

@@ -108,6 +108,17 @@ class Subspace:
             self.ranks[:task] + self.ranks[task + 1 :],
         )
 
+    def reordered(self, order: Sequence[int]) -> Subspace:
+        """The tasks in another order: the new k-th is the old order[k]."""
+        rows = self.rows_reordered(order)
+        ranks = tuple(self.ranks[task] for task in order)
+        return Subspace(self.down[rows], self.up[:, rows[: self.rank]], ranks)
+
+    def rows_reordered(self, order: Sequence[int]) -> Tensor:
+        """Indices of the rows of `down` with the tasks in another order; context rows stay last."""
+        rows = torch.arange(self.down.shape[0])
+        return torch.cat([*(rows[self.blocks[task]] for task in order), rows[self.rank :]])
+
     def rows_without(self, task: int) -> Tensor:
         """Indices of the rows of `down` that are not task `task`'s."""
         rows = torch.arange(self.down.shape[0])

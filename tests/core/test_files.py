@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,15 +17,16 @@ from ssr_core import (
     Site,
     StatisticsCollector,
     StatisticsError,
-    files,
     load_lora,
     load_statistics,
     merge,
     read_pairs,
     save_lora,
     save_statistics,
+    storage,
     to_state_dict,
 )
+from ssr_core.storage import read_metadata
 from synthetic import collect, dense, dense_joined, mlp, random, random_lora, random_update
 
 FACTORS = {"blocks.0.q": ((4, 8), (6, 4)), "blocks.1.conv": ((2, 3, 3, 3), (5, 2, 1, 1))}
@@ -251,7 +253,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(interruption, whe
     def fail(*args: object, **kwargs: object) -> None:
         raise interruption("disk full")
 
-    monkeypatch.setattr(*((files, "save_file") if where == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(*((storage, "save_file") if where == "save_file" else (os, "replace")), fail)
     with pytest.raises(interruption, match="disk full"):
         save_lora({Site.whole("other", 6): random_update(6, 8, 2)}, path)
     assert path.read_bytes() == before
@@ -368,19 +370,57 @@ def test_statistics_of_a_lora_alone_read_back(tmp_path):
     assert load_statistics(tmp_path / "stats.safetensors", calibration.loras).statistics == {}
 
 
-@pytest.mark.parametrize("change", ["order", "values", "fewer", "sites"])
-def test_statistics_of_other_loras_are_refused_by_file(change, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("values", "cat is another file or has changed"),
+        ("fewer", "pose is missing"),
+        ("more", "bird was not there"),
+        ("another", "pose is missing; bird was not there"),
+        ("sites", "dog is another file or has changed"),
+    ],
+)
+def test_statistics_of_other_loras_are_refused_by_file_and_say_which_differ(change, said, tmp_path):
     calibration = measured()
     cat, dog, pose = calibration.loras
+    bird = random_lora("bird", mlp(), 2, 7)
     others = {
-        "order": (dog, cat, pose),
         "values": (random_lora("cat", mlp(), 3, 9), dog, pose),
         "fewer": (cat, dog),
+        "more": (cat, dog, pose, bird),
+        "another": (cat, dog, bird),
         "sites": (cat, random_lora("dog", mlp(), 2, 2, ["2"]), pose),
     }[change]
     save_statistics(calibration, tmp_path / "stats.safetensors")
-    with pytest.raises(StatisticsError, match=r"stats\.safetensors.*other LoRAs"):
+    with pytest.raises(StatisticsError, match=rf"stats\.safetensors was measured with other LoRAs .*: {said}"):
         load_statistics(tmp_path / "stats.safetensors", others)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_statistics_read_with_the_loras_in_another_order_are_those_of_that_order(context, tmp_path):
+    calibration = seeing() if context else measured()
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    order = list(range(len(calibration.loras)))[::-1]
+    read = load_statistics(tmp_path / "stats.safetensors", [calibration.loras[i] for i in order])
+    assert read.names == calibration.names[::-1] and read.tokens == calibration.tokens[::-1]
+    one, other = merge(calibration), merge(read)
+    for site, update in one.updates.items():
+        torch.testing.assert_close(dense(other.updates[site]), dense(update), rtol=1e-5, atol=1e-6)
+    assert [other.report.error(i) for i in order] == pytest.approx([one.report.error(i) for i in range(len(order))])
+
+
+def test_a_lora_that_is_there_twice_is_known_by_its_name(tmp_path):
+    cat, dog, _ = measured().loras
+    loras = [cat, replace(cat, name="copy"), dog]
+    calibration = collect(loras, mlp(), [random(20 + task, 8, seed=task) for task in range(3)])
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    assert load_statistics(tmp_path / "stats.safetensors", [loras[1], dog, cat]).tokens == (21, 22, 20)
+
+
+def test_metadata_of_the_host_is_kept_beside_the_statistics_own(tmp_path):
+    save_statistics(measured(), tmp_path / "stats.safetensors", {"ssr.model": "Flux", "ssr.format": "no"})
+    header = read_metadata(tmp_path / "stats.safetensors", StatisticsError)
+    assert (header["ssr.model"], header["ssr.format"]) == ("Flux", "statistics 1")
 
 
 def test_a_lora_file_is_no_statistics_file(tmp_path):

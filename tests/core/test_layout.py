@@ -13,7 +13,7 @@ ORDER = (
     *("errors", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
     *("sufficient_statistics", "accumulator", "correction", "calibration", "layer", "sketch", "choice", "tap"),
     *("recording", "refinement", "requirement", "collect", "distributed", "router", "rank", "selection", "diagnostics"),
-    *("solution", "merge", "files", "statistics_file"),
+    *("solution", "merge", "conflict", "advice", "storage", "files", "statistics_file"),
 )
 OUTSIDE = {"torch", "safetensors"}
 
