@@ -25,6 +25,7 @@ from .collect import StatisticsCollector
 from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
+from .distributed import sum_calibrations, sum_surveys
 from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, read_pairs, save_lora, to_state_dict
@@ -34,6 +35,7 @@ from .merge import Merge, MergeSettings, merge
 from .rank import truncate
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import Requirement
 from .router import Ridge, normal_equations, route, solve_router
 from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
@@ -56,6 +58,7 @@ __all__ = [
     "Recording",
     "Refinement",
     "Report",
+    "Requirement",
     "Residual",
     "Ridge",
     "Rule",
@@ -89,6 +92,8 @@ __all__ = [
     "save_lora",
     "save_statistics",
     "solve_router",
+    "sum_calibrations",
+    "sum_surveys",
     "to_state_dict",
     "treatment_of",
     "truncate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,9 @@ class LowRankUpdate:
         up = up.flatten(start_dim=1)
         if up.shape[1] != down.shape[0]:
             raise LoraError(f"{name}: {shapes} differ in rank; one half of the pair belongs to another LoRA.")
-        update = cls(down, up if scale == 1.0 else up.float() * scale)
+        # a power of two (alpha / rank mostly is one) leaves half precision exact, and the update half the size
+        exact = abs(math.frexp(scale)[0]) == 0.5 and 2**-8 <= abs(scale) <= 2**8
+        update = cls(down, up if scale == 1.0 else up * scale if exact else up.float() * scale)
         if not update.is_finite():
             raise LoraError(f"{name} contains NaN or infinite values; the file is damaged or its training diverged.")
         return update
@@ -118,10 +121,15 @@ def concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     if len(updates) == 1:
         return updates[0]
     in_shape = updates[0].in_shape
-    return LowRankUpdate(
-        torch.cat([u.with_in_shape(in_shape).down.float() for u in updates]),
-        torch.cat([u.up.float() for u in updates], dim=1),
-    )
+    downs = [update.with_in_shape(in_shape).down for update in updates]
+    return LowRankUpdate(_joined(downs, dim=0), _joined([update.up for update in updates], dim=1))
+
+
+def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:
+    """In the precision of files where they agree on one, else in float32."""
+    (dtype, *others) = {factor.dtype for factor in factors}
+    keep = not others and dtype in (torch.bfloat16, torch.float16)
+    return torch.cat([factor if keep else factor.float() for factor in factors], dim)
 
 
 def _fold_tucker(down: Tensor, mid: Tensor, name: str) -> Tensor:

@@ -26,7 +26,7 @@ class Solution:
     site: Site
     scaled: Subspace
     routing: float
-    basis: Tensor  # (out, r) float64
+    basis: Tensor  # (out, r)
     router: Tensor  # (r, R) float64
     energy: Tensor  # basis^T basis
     statistics: SufficientStatistics | None = None  # None: nothing was measured, or nothing is to be routed
@@ -61,7 +61,7 @@ class Solution:
             update, spectrum = found.applied(down, self.basis, router), found.spectrum
             router, kept = router @ found.projection, found.energy if rank else 1.0
         elif routing:
-            update = LowRankUpdate(scaled.down, self.basis @ router)
+            update = LowRankUpdate(scaled.down, self.basis @ router.to(self.basis))
         else:
             update = scaled.plain_stack()
         seen = self.statistics
@@ -94,15 +94,16 @@ def solve_site(
     Raises:
         SolveError: the correlation matrix is singular.
     """
-    basis, plain = scaled.up.double(), torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+    basis, plain = scaled.up, torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
     if statistics is None:
         own = torch.eye(scaled.rank, dtype=torch.float64)
         return Solution(site, scaled, routing, basis, own, scaled.energy)
     equations = normal_equations(statistics, scaled, weights, ridge, site, correction)
     router, energy, own_basis = plain, scaled.energy, False
     if routing and correction is not None:
-        basis = torch.lerp(basis @ plain, solve_up(equations, scaled, correction, weights), routing)
+        basis = torch.lerp(basis.double() @ plain, solve_up(equations, scaled, correction, weights), routing)
         router, energy, own_basis = torch.eye(len(plain.mT), dtype=torch.float64), basis.mT @ basis, True
+        basis = basis.float()
     elif routing:
         router = torch.lerp(plain, solve_router(equations), routing)
     return Solution(site, scaled, routing, basis, router, energy, statistics, equations, own_basis)
