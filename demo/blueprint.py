@@ -43,20 +43,32 @@ class Inner:
 NODES = {
     1: Inner("SSRPrompts", "Prompts of LoRA 1", (0, 0), (400, 160), {"clip": "clip", "text": "prompts_1"}),
     2: Inner(
-        *("SSRAddLoRA", "LoRA 1", (460, 0), (320, 170)),
+        "SSRAddLoRA",
+        "LoRA 1",
+        (460, 0),
+        (320, 170),
         {"calibration": (1, 0), "lora_name": "lora_1", "strength": "strength_1"},
         NOTHING,
     ),
     3: Inner("SSRPrompts", "Prompts of LoRA 2", (0, 240), (400, 160), {"clip": "clip", "text": "prompts_2"}),
     4: Inner(
-        *("SSRAddLoRA", "LoRA 2", (460, 240), (320, 170)),
+        "SSRAddLoRA",
+        "LoRA 2",
+        (460, 240),
+        (320, 170),
         {"calibration": (3, 0), "tasks": (2, 0), "lora_name": "lora_2", "strength": "strength_2"},
         NOTHING,
     ),
     5: Inner(
-        *("SSRCollectStats", "Measure", (840, 0), (340, 560)),
-        {"model": "model", "tasks": (4, 0), "latent": "latent", "negative": "negative", "clip": "clip"}
-        | {name: name for name in ("seed", "steps", "sampler_name", "scheduler", "cfg")},
+        "SSRCollectStats",
+        "Measure",
+        (840, 0),
+        (340, 560),
+        {
+            **{name: name for name in ("model", "latent", "negative", "clip")},
+            **{name: name for name in ("seed", "steps", "sampler_name", "scheduler", "cfg")},
+            "tasks": (4, 0),
+        },
     ),
     6: Inner("SSRSolve", "Merge", (1240, 0), (320, 260), {"stats": (5, 0), "rank": "rank"}),
     7: Inner("SSRApply", "Apply", (1620, 0), (260, 120), {"model": "model", "lora": (6, 0), "clip": "clip"}),
@@ -71,9 +83,11 @@ def blueprint(info: Mapping[str, Any]) -> Json:
     names = list(dict.fromkeys([*SOCKETS, *used]))
     promoted = {name: _first_use(name) for name in names}
     is_widget = {name: _is_widget(info, *promoted[name]) for name in names}
-    inputs = [
+    inputs: list[Json] = [
         {
-            **{"id": _id(f"input {name}"), "name": name, "type": _type(info, *promoted[name])},
+            "id": _id(f"input {name}"),
+            "name": name,
+            "type": _type(info, *promoted[name]),
             "linkIds": [link["id"] for link in links if link["origin_id"] == INPUT and link["name"] == name],
             "pos": [-160, 20 + 20 * i],
         }
@@ -82,7 +96,7 @@ def blueprint(info: Mapping[str, Any]) -> Json:
     for link in links:
         if link["origin_id"] == INPUT:
             link["origin_slot"] = names.index(link["name"])
-    outputs = [
+    outputs: list[Json] = [
         {
             **{"id": _id(f"output {name}"), "name": name, "type": info[NODES[node].kind]["output"][slot]},
             "linkIds": [link["id"] for link in links if link["target_id"] == OUTPUT and link["target_slot"] == i],
