@@ -13,7 +13,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
-from ..ssr_core.files import write_safetensors
+from ..ssr_core.storage import write_safetensors
 from .sockets import CATEGORY, LoraModelSocket, schema
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -22,7 +22,7 @@ from .calibration import Calibration
 from .collect import StatisticsCollector
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
-from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
 from .lora import Lora
@@ -55,6 +55,7 @@ __all__ = [
     "Ridge",
     "Rule",
     "SSRError",
+    "SaveError",
     "Site",
     "SiteReport",
     "SolveError",

@@ -1,27 +1,24 @@
-"""Files: LoRAs and statistics as safetensors, read with checks and written whole or not at all."""
+"""Files: LoRAs and statistics as safetensors, and what is wrong with those that cannot be read."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .calibration import Calibration
 from .correction import Correction
+from .entry import Entry, check_sums
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
 from .site import Site, Updates, canonical, join_rows, sum_by_site
-from .subspace import join_loras
+from .storage import read_safetensors, sha256, write_safetensors
+from .subspace import Subspace, join_loras
 from .sufficient_statistics import SufficientStatistics
 
 _HALVES = (  # down, up: kohya, PEFT, diffusers
@@ -160,29 +157,55 @@ def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Cali
     if metadata.get("ssr.format") != "statistics 1":
         raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
     try:
-        entries = json.loads(metadata["ssr.sites"])
-        read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
-        corrections = {Site(*e["site"]): _correction(tensors, i, e) for i, e in enumerate(entries) if "strengths" in e}
-        names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
-    modules = {canonical(site.module): site.module for site in read}
-    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
-    joined = join_loras(loras)
+        names = [str(lora["name"]) for lora in json.loads(metadata["ssr.loras"])]
+        entries = [Entry.parse(facts, len(names)) for facts in json.loads(metadata["ssr.sites"])]
+        indices = {entry.site: index for index, entry in enumerate(entries)}
+        if len(indices) != len(entries):
+            raise ValueError("a site is named twice")
+    except (LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise _damaged(file, error) from error
     other = StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
-    if read.keys() != {site for site, space in joined.items() if space.is_routed}:
+    if len(names) != len(loras):
         raise other
-    subspaces = {}
-    for site, space in joined.items():
-        context = tensors.get(f"context/{site.module}") if space.is_routed else None
-        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
-            raise other
-        subspaces[site] = space if context is None else space.with_context(context)
+    modules = {canonical(entry.site.module): entry.site.module for entry in entries}
+    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
+    subspaces = _with_contexts(join_loras(loras), tensors, file)
+    if indices.keys() != {site for site, space in subspaces.items() if space.is_routed}:
+        raise other
+    if any(entry.fingerprint != subspaces[entry.site].fingerprint for entry in entries):
+        raise other
+    try:
+        read = {e.site: _unpack(tensors[f"gram/{i}"], e, subspaces[e.site]) for i, e in enumerate(entries)}
+        corrections = {
+            e.site: _correction(tensors, i, e, e.strengths, subspaces[e.site])
+            for i, e in enumerate(entries)
+            if e.strengths is not None
+        }
+    except (LookupError, ValueError) as error:
+        raise _damaged(file, error) from error
     for site, statistics in read.items():
         statistics.check(subspaces[site], f"{file.name}: {site}")
     for site, correction in corrections.items():
         correction.check(subspaces[site], f"{file.name}: {site}")
     return Calibration(tuple(loras), subspaces, read, corrections)
+
+
+def _damaged(file: Path, error: Exception) -> StatisticsError:
+    return StatisticsError(f"{file.name} is damaged ({str(error)[:200]}); collect and save the statistics again.")
+
+
+def _with_contexts(joined: Mapping[Site, Subspace], tensors: Mapping[str, Tensor], file: Path) -> dict[Site, Subspace]:
+    """The subspaces with the context rows that a statistics file has for their modules."""
+    found = {}
+    for site, space in joined.items():
+        context = tensors.get(f"context/{site.module}") if space.is_routed else None
+        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
+            raise StatisticsError(
+                f"{file.name} was measured with other LoRAs ({site} has context rows of {tuple(context.shape)} and "
+                f"{space.down.shape[1]} inputs); collect them again."
+            )
+        found[site] = space if context is None else space.with_context(context)
+    return found
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
@@ -194,55 +217,31 @@ def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
     return rows
 
 
-def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics:
-    size = int(((8 * packed.shape[1] + 1) ** 0.5 - 1) // 2)
+def _unpack(packed: Tensor, entry: Entry, space: Subspace) -> SufficientStatistics:
+    size = len(space.down)
+    _expect(packed, (len(space.ranks), size * (size + 1) // 2), entry.site)
     rows, columns = torch.triu_indices(size, size).unbind()
     gram = torch.zeros(packed.shape[0], size, size, dtype=torch.float64)
     gram[:, rows, columns] = packed.double()
     gram[:, columns, rows] = packed.double()
-    tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
-    levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])  # type: ignore[attr-defined]
-    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples, levels)
+    check_sums(gram, entry.site)
+    return SufficientStatistics(gram, entry.tokens, entry.fingerprint, entry.samples, entry.levels)
 
 
-def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any]) -> Correction:
-    gram, target = (tensors[f"correction.{kind}/{index}"] for kind in ("gram", "target"))
-    return Correction(gram, target, str(entry["fingerprint"]), tuple(map(float, entry["strengths"])))
+def _correction(
+    tensors: Mapping[str, Tensor], index: int, entry: Entry, strengths: tuple[float, ...], space: Subspace
+) -> Correction:
+    gram, target = (tensors[f"correction.{kind}/{index}"].double() for kind in ("gram", "target"))
+    tasks, size = len(space.ranks), len(space.down)
+    _expect(gram, (tasks, size, size), entry.site)
+    _expect(target, (tasks, len(space.up), size), entry.site)
+    check_sums(gram, entry.site)
+    return Correction(gram, target.float(), entry.fingerprint, strengths)
 
 
-def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file; `error` names the file and what is wrong with it."""
-    if not file.is_file():
-        raise error(f"{file} does not exist.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{file.name} is not a whole safetensors file ({cause}); download or save it again.") from cause
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name in the same folder, then rename: readers never see half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what new files get here; save_file makes private ones
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+def _expect(tensor: Tensor, shape: tuple[int, ...], site: Site) -> None:
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise ValueError(f"{site} has sums of {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
 
 
 def _strip(key: str) -> str:

@@ -16,13 +16,13 @@ from ssr_core import (
     Site,
     StatisticsCollector,
     StatisticsError,
-    files,
     load_lora,
     load_statistics,
     merge,
     read_pairs,
     save_lora,
     save_statistics,
+    storage,
     to_state_dict,
 )
 from synthetic import collect, dense, dense_joined, mlp, random, random_lora, random_update
@@ -251,7 +251,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(interruption, whe
     def fail(*args: object, **kwargs: object) -> None:
         raise interruption("disk full")
 
-    monkeypatch.setattr(*((files, "save_file") if where == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(*((storage, "save_file") if where == "save_file" else (os, "replace")), fail)
     with pytest.raises(interruption, match="disk full"):
         save_lora({Site.whole("other", 6): random_update(6, 8, 2)}, path)
     assert path.read_bytes() == before

@@ -10,9 +10,9 @@ import ssr_core
 
 FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
-    *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
+    *("errors", "storage", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
     *("correction", "calibration", "layer", "sketch", "recording", "refinement", "collect"),
-    *("router", "rank", "selection", "diagnostics", "solution", "merge", "files"),
+    *("router", "rank", "selection", "diagnostics", "solution", "merge", "entry", "files"),
 )
 OUTSIDE = {"torch", "safetensors"}
 
