@@ -12,9 +12,11 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..ssr_core import LoraError
+from ..ssr_core import LoraError, SSRError
 from ..ssr_core.storage import write_safetensors
 from .sockets import CATEGORY, LoraModelSocket, schema
+
+LONGEST = 180  # bytes of a name, which leaves room for the number, the ending and those of a temporary file
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -48,16 +50,32 @@ class SSRSaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
-        # not part of a path on every system that a shared workflow may reach
-        prefix = re.sub(r'[<>:"|?*]', "_", filename_prefix).strip() or "merged"
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            f"loras/{prefix}", folder_paths.get_output_directory()
+            f"loras/{_below(filename_prefix)}", folder_paths.get_output_directory()
         )
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         metadata = {} if args.disable_metadata else _metadata(lora, path)
         write_safetensors(_converted(lora, _DTYPES[dtype]), path, metadata)
         listed = path.relative_to(Path(folder_paths.get_output_directory()) / "loras").as_posix()
         return io.NodeOutput(listed, ui=ui.PreviewText(f"Saved {listed} ({path.stat().st_size / 2**20:.1f} MiB)"))
+
+
+def _below(prefix: str) -> str:
+    """A name, maybe in folders, that is below the one for LoRAs on every system that a shared workflow may reach.
+
+    Raises:
+        SSRError: it leads out of that folder, or is longer than file systems take.
+    """
+    parts = [part.strip(" ") for part in re.sub(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]', "_", prefix).split("/")]
+    for part in parts:
+        if {*part.replace("\\", "/").split("/")} & {".."}:
+            raise SSRError(f"SSR Save LoRA: {prefix!r} leads out of output/loras; choose a name below it.")
+        if (size := len(part.encode())) > LONGEST:
+            raise SSRError(
+                f"SSR Save LoRA: {part[:40]!r}... is {size} bytes long, more than the {LONGEST} that every file system "
+                "takes together with a number; choose a shorter name."
+            )
+    return "/".join(part for part in parts if part not in ("", ".")) or "merged"
 
 
 def _converted(lora: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""LoRA files from strangers, read by the nodes in a real ComfyUI: refused by name, or sane; no code of theirs is run."""
+"""LoRA files of strangers, read by the nodes in a real ComfyUI: refused by name, or sane; no code of theirs is run."""
 
 import pytest
 import torch
