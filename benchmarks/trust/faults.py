@@ -18,9 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path = [str(ROOT), str(ROOT / "tests" / "support"), *sys.path[1:]]
 
-from faults import Trial, kill_while_saving, tiny_server  # noqa: E402
-
 import comfy_runtime  # noqa: E402
+from faults import Trial, kill_while_saving, tiny_server  # noqa: E402
 
 KILLED = "server killed while saving"
 COUNTS = {

@@ -113,6 +113,8 @@ class Trial:
         for _ in range(2):  # the second finds what stays
             self.look()
         self.state, self.image, self.files = self.look(), self._latent("plain"), self._listing()
+        left = {key: self.state[key] for key in ("hooks", "patches", "injections") if self.state[key]}
+        assert not left, f"a merge leaves {left}"
 
     def look(self) -> dict[str, Any]:
         self.salt += 1
