@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,6 +74,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str
         save_file(dict(tensors), temporary, metadata=dict(metadata))
         temporary.chmod(mode)
         with temporary.open("rb+") as written:
+            _order_metadata(written)
             os.fsync(written.fileno())  # else the name may outlive a power cut and the content not
         os.replace(temporary, target)
     except (SafetensorError, OSError) as cause:
@@ -102,6 +105,18 @@ def _check(value: object, where: str, error: type[Exception]) -> None:
         value.flatten()[:1].float()
     except (RuntimeError, TypeError) as cause:
         raise error(f"{where} is of {value.dtype}, which torch {torch.__version__} cannot compute with.") from cause
+
+
+def _order_metadata(file: BinaryIO) -> None:
+    """Put the metadata of a file in order: safetensors shuffles it, and the same content should be the same file."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(ordered) <= length:
+        file.seek(8)
+        file.write(ordered.ljust(length))  # the format pads headers with spaces
 
 
 def _state(file: Path) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ssr_core import LoraError, SaveError, load_lora, storage
@@ -123,3 +124,15 @@ def test_a_saved_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     storage.write_safetensors(PAIR, tmp_path / "merged.safetensors", {})
     assert calls == ["fsync", "replace"]
     assert load_file(tmp_path / "merged.safetensors").keys() == PAIR.keys()
+
+
+def test_the_same_content_is_the_same_file_to_the_byte(tmp_path):
+    metadata = {
+        f"key{i}": value for i, value in enumerate(("\u00e4\u732b", '"\\', "\t\x01\x7f", "{}", "", " ", "/", "\u2028"))
+    }
+    for name in "abcde":
+        storage.write_safetensors(PAIR, tmp_path / name, metadata)
+    assert len({(tmp_path / name).read_bytes() for name in "abcde"}) == 1
+    with safe_open(tmp_path / "a", framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert torch.equal(opened.get_tensor("a.lora_B.weight"), PAIR["a.lora_B.weight"])
