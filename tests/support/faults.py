@@ -179,7 +179,7 @@ def _expect(
 
 def _stop(trial: Trial, rng: random.Random) -> str:
     """An interrupt at any step of collecting, by the button."""
-    left, done = [rng.randrange(40)], threading.Event()
+    left, done = [rng.randrange(20)], threading.Event()  # ComfyUI sends no more than ten a second
 
     def on_event(event: Event) -> None:
         if event.kind == "progress" and event.data.get("node") == "collect":
@@ -188,7 +188,7 @@ def _stop(trial: Trial, rng: random.Random) -> str:
                 done.set()
                 trial.server.interrupt()
 
-    return _expect(trial, merge_graph(trial.salt, steps=200), Interrupted, "", on_event)
+    return _expect(trial, merge_graph(trial.salt, steps=400), Interrupted, "", on_event)
 
 
 def _queue_again(trial: Trial, rng: random.Random) -> str:
