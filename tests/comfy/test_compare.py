@@ -86,7 +86,7 @@ def test_every_picture_is_what_stock_nodes_make_of_the_same_prompt_and_seed(made
     for row, text in enumerate(texts):
         for column, one in enumerate(columns):
             assert (cells[row][column] - stock(one, clip, text)).abs().max() < 0.01, (row, column)
-    assert (cells[0][0] - cells[0][5]).abs().max() > 0.05
+    assert (cells[0][0] - cells[0][5]).abs().max() > 0.03
 
 
 def test_without_prompts_the_rows_are_the_first_calibration_prompt_of_each_lora(made):
