@@ -25,8 +25,7 @@ from .collect import StatisticsCollector
 from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
-from .distributed import sum_calibrations, sum_surveys
-from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, read_pairs, save_lora, to_state_dict
 from .lora import Lora
@@ -63,6 +62,7 @@ __all__ = [
     "Ridge",
     "Rule",
     "SSRError",
+    "SaveError",
     "Site",
     "SiteConflict",
     "SiteReport",
@@ -92,8 +92,6 @@ __all__ = [
     "save_lora",
     "save_statistics",
     "solve_router",
-    "sum_calibrations",
-    "sum_surveys",
     "to_state_dict",
     "treatment_of",
     "truncate",

@@ -172,8 +172,12 @@ class StatisticsCollector:
 
     def _views(self, task: int) -> Lora:
         """The LoRA with its factors where the joint subspaces keep them, so that nothing is in memory twice."""
-        present = ((site, space) for site, space in self.subspaces.items() if space.ranks[task])
-        return replace(self.loras[task], updates={self._renamed(site): space.task(task) for site, space in present})
+        lora = self.loras[task]
+        updates = {}
+        for site, update in lora.updates.items():
+            space = self.subspaces.get(site)  # None where another LoRA cuts the site into slices
+            updates[site] = space.task(task) if space is not None and space.ranks[task] == update.rank else update
+        return replace(lora, updates=updates)
 
     def _renamed(self, site: Site) -> Site:
         return Site(self._names.get(site.module, site.module), site.start, site.stop, site.out_features)

@@ -1,7 +1,8 @@
 """Distributed: several processes collect on prompts of their own, and all have the sum of it.
 
 Statistics are sums, so nothing else is exchanged. Every process calls the same functions in the same order, with
-`torch.distributed` initialized (gloo, or nccl with a CUDA device per process).
+`torch.distributed` initialized by its own script (gloo, or nccl with a CUDA device per process). The package does not
+import this module by itself, and no node does.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .errors import LoraError
 
+KERNEL = 4096  # the most values that a kernel of a convolution has, per input and output
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate:
@@ -39,10 +41,14 @@ class LowRankUpdate:
             LoraError: rank 0, shapes that do not multiply, or values that are not finite.
         """
         shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
-        if down.ndim < 2 or up.ndim < 2 or up.shape[0] == 0 or up.numel() != up.shape[0] * up.shape[1]:
+        if down.ndim < 2 or up.ndim < 2 or 0 in (up.shape[0], *down.shape[1:]):
             raise LoraError(f"{name}: {shapes} are not the factors of a LoRA; is the file damaged?")
         if down.shape[0] == 0:
             raise LoraError(f"{name}: its rank is 0 ({shapes}); remove this pair from the file.")
+        if up.numel() != up.shape[0] * up.shape[1]:
+            raise LoraError(f"{name}: {shapes} are not the factors of a LoRA; is the file damaged?")
+        # as ComfyUI takes whole numbers
+        down, up = (factor if factor.is_floating_point() else factor.float() for factor in (down, up))
         # ComfyUI divides by the rank of the file's `down`, also next to a Tucker core
         scale = 1.0 if alpha is None else alpha / down.shape[0]
         if mid is not None:
@@ -134,6 +140,8 @@ def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:
 
 def _fold_tucker(down: Tensor, mid: Tensor, name: str) -> Tensor:
     """down'[p, i, *k] = sum_q mid[p, q, *k] down[q, i], as comfy.weight_adapter.lora rebuilds it."""
-    if mid.ndim < 3 or mid.shape[1] != down.shape[0] or down[0].numel() != down.shape[1]:
+    fits = mid.ndim >= 3 and mid.shape[1] == down.shape[0] and down[0].numel() == down.shape[1]
+    # small factors must not make a layer that no memory holds
+    if not fits or torch.Size(mid.shape[2:]).numel() > KERNEL:
         raise LoraError(f"{name}: a Tucker core {tuple(mid.shape)} does not fit its down factor {tuple(down.shape)}.")
     return torch.einsum("pq...,qi->pi...", mid.float(), down.float().flatten(1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .correction import Correction
 from .diagnostics import SiteReport, residuals
 from .low_rank_update import LowRankUpdate
-from .rank import Directions, isotropic_factor
+from .rank import Directions, Truncation, isotropic_factor
 from .router import NormalEquations, Ridge, normal_equations, solve_router, solve_up
 from .site import Site
 from .subspace import Subspace
@@ -57,6 +57,8 @@ class Solution:
         if wanted:
             most = min(scaled.down[0].numel(), len(self.basis))
             found = (directions or self.directions()).cut(self.factor, wanted, most)
+            if wanted >= most and len(router.mT) > most:
+                found = self._whole(found.spectrum)
             down = scaled.down[: router.shape[1]]
             update, spectrum = found.applied(down, self.basis, router), found.spectrum
             router, kept = router @ found.projection, found.energy if rank else 1.0
@@ -73,6 +75,16 @@ class Solution:
             *(self.site, scaled.ranks, update.rank, seen.tokens, lost, condition, kept, seen.coverage),
             *(seen.has_levels, spectrum),
         )
+
+    def _whole(self, spectrum: tuple[float, ...]) -> Truncation:
+        """All of it, at the rank that the layer has at most: it has fewer inputs or outputs than the signal has rows.
+
+        The metric does not know that: with the ridge, rows seem independent that are not, and cutting would lose some.
+        """
+        down = self.scaled.down[: self.router.shape[1]].flatten(1).double()
+        written = (self.basis.double() @ self.router).mT
+        span = torch.linalg.qr(down if down.shape[1] <= written.shape[1] else written)[0]
+        return Truncation(span, span.mT, 1.0, spectrum)
 
 
 def solve_site(

@@ -15,9 +15,8 @@ from ssr_core import (
     load_statistics,
     merge,
     save_statistics,
-    sum_calibrations,
-    sum_surveys,
 )
+from ssr_core.distributed import sum_calibrations, sum_surveys
 from synthetic import dense, mlp, random, random_lora
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
