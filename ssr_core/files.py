@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import LoraError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
+from .peft_config import read_peft_config
 from .site import Site, Updates, join_rows, sum_by_site
 from .storage import read_safetensors, sha256, write_safetensors
 
@@ -34,7 +35,7 @@ def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
     """
     file = Path(path)
     tensors, metadata = read_safetensors(file, LoraError)
-    pairs, rest = read_pairs(tensors, file.name)
+    pairs, rest = read_pairs({**_kept_alphas(file, tensors, metadata), **tensors}, file.name)
     if rest:
         raise LoraError(
             f"{file.name} holds tensors that are not plain LoRA, such as {rest[0]!r} ({len(rest)} in all); "
@@ -46,6 +47,15 @@ def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
     updates = sum_by_site((Site.whole(_strip(key), update.out_features), update) for key, update in pairs.items())
     source = {"file": file.name, "sha256": sha256(file), **({"metadata": json.dumps(metadata)} if metadata else {})}
     return Lora(file.stem, updates, strength, source)
+
+
+def _kept_alphas(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Alphas that are not among the tensors but in what PEFT or diffusers wrote beside them."""
+    alphas = {}
+    for prefix, (down, _) in find_pairs(tensors, file.name).items():
+        if config := read_peft_config(file, metadata, prefix.removeprefix("base_model.model.")):
+            alphas[f"{prefix}.alpha"] = torch.tensor(config.alpha_of(prefix, tensors[down].shape[0]))
+    return alphas
 
 
 def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowRankUpdate], list[str]]:

@@ -3,16 +3,14 @@
 import copy
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import comfy_runtime as runtime
-from demo.run import ASSETS, MODELS
 from demo.scenes import LORAS, ROWS
-from demo.server import ComfyServer, convert_ui_to_api, prepare_base_directory
+from demo.server import ComfyServer, convert_ui_to_api
 
 WORKFLOWS = sorted((runtime.ROOT / "workflows").glob("*.json"))
 NOTES = {"Note", "MarkdownNote"}  # the frontend's own, unknown to the server
@@ -25,24 +23,6 @@ Workflow = dict[str, Any]
 Node = dict[str, Any]
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def demo_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with this pack, the demo's text encoder node and the demo's models."""
-    base_directory = prepare_base_directory(
-        tmp_path_factory.mktemp("comfy-workflows"),
-        pack_root=runtime.ROOT,
-        models={folder: [ASSETS / name for name in names] for folder, names in MODELS.items()},
-        custom_nodes=[runtime.ROOT / "demo" / "custom_nodes" / "tiny_text_encoder"],
-    )
-    with ComfyServer(comfyui, base_directory) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def object_info(demo_server: ComfyServer) -> dict[str, Any]:
-    return demo_server.object_info()
 
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ ORDER = (
     *("errors", "storage", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
     *("sufficient_statistics", "accumulator", "correction", "calibration", "layer", "sketch", "choice", "tap"),
     *("recording", "refinement", "requirement", "collect", "distributed", "router", "rank", "selection", "diagnostics"),
-    *("solution", "merge", "conflict", "advice", "files", "entry", "statistics_file"),
+    *("solution", "merge", "conflict", "advice", "peft_config", "files", "entry", "statistics_file"),
 )
 OUTSIDE = {"torch", "safetensors"}
 

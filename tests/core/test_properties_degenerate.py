@@ -1,13 +1,15 @@
 """Whatever the sizes, a merge is finite: one token or none, LoRAs of zeros, twins, ranks above those of the layer."""
 
 import math
+from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssr_core import LowRankUpdate, MergeSettings, merge
-from strategies import problems
+from ssr_core import LowRankUpdate, MergeSettings, SolveError, merge
+from strategies import Problem, problems
 from synthetic import dense
 
 settings = st.builds(
@@ -52,3 +54,32 @@ def test_the_same_lora_several_times_is_that_lora_at_its_mean_times_their_streng
 def test_a_lora_of_zeros_writes_nothing_and_harms_nobody(problem):
     silent = [u and LowRankUpdate(u.down, torch.zeros_like(u.up)) for u in problem.updates]
     assert float(problem.with_updates(silent).merged().abs().max()) == 0
+
+
+sizes = st.sampled_from((0.0, 1e-45, 1e-20, 1.0, 1e20, 3e38))
+
+
+@given(problems(least=2), st.lists(sizes, min_size=4, max_size=4), st.floats(-10, 10), settings)
+def test_values_at_the_ends_of_float32_give_a_finite_merge_or_an_error_that_names_the_layer(
+    problem, magnitudes, strength, chosen
+):
+    extreme = [u and _as_large(u, m) for u, m in zip(problem.updates, magnitudes, strict=False)]
+    chosen = replace(chosen, strengths=(strength,) * len(extreme))
+    try:
+        merged = merge(problem.with_updates(extreme).calibration(), chosen)
+    except SolveError as error:
+        assert "layer" in str(error) and "float32" in str(error)
+        return
+    assert all(update.is_finite() for update in merged.updates.values())
+    assert str(merged.report)
+
+
+def _as_large(update: LowRankUpdate, size: float) -> LowRankUpdate:
+    return LowRankUpdate(update.down, (update.up.double() / update.up.abs().max().clamp_min(1e-9) * size).float())
+
+
+def test_a_merge_that_does_not_fit_into_float32_is_an_error_that_names_the_layer():
+    update = LowRankUpdate(torch.ones(1, 2), torch.full((2, 1), 3e38))
+    problem = Problem((update, update), (torch.ones(3, 2).double(), torch.ones(3, 2).double()))
+    with pytest.raises(SolveError, match=r"layer: the merged values do not fit into float32\. Lower the strengths"):
+        merge(problem.calibration(), MergeSettings(strengths=(10.0, 10.0)))
