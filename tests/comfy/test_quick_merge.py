@@ -28,7 +28,7 @@ def files(pack, tmp_path_factory):
         save_file(flux_lora("kohya", rank=2 + seed, seed=seed) | pair, folder / f"{name}.safetensors")
     folder_paths.filename_list_cache.pop("loras", None)
     yield folder
-    folder_paths.get_folder_paths("loras").remove(str(folder))  # other tests have files of the same names
+    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))  # other tests have files of the same names
     folder_paths.filename_list_cache.pop("loras", None)
 
 
