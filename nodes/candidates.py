@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.sd
-import comfy.utils
 from torch import Tensor
 
-from ..ssr_core import LoraError
+from .lora_file import read
 from .lora_model import load_into
 from .sockets import Task
 
@@ -41,7 +39,7 @@ def candidates(model: Any, clip: Any, tasks: Sequence[Task], merged: Mapping[str
     """
     found = iter(names(tasks))
     yield Candidate(next(found), model, clip)
-    files = [_tensors(task) for task in tasks]
+    files = [read(task)[0] for task in tasks]
     for task, tensors in zip(tasks, files, strict=True):
         yield Candidate(next(found), *_loaded(model, clip, [(task, tensors)], 1.0))
     for scale in (1.0, WEAKER):
@@ -54,13 +52,3 @@ def _loaded(model: Any, clip: Any, loras: Sequence[tuple[Task, Mapping[str, Tens
         strengths = scale * task.strength, scale * task.text_strength
         model, clip = comfy.sd.load_lora_for_models(model, clip, dict(tensors), *strengths)
     return model, clip
-
-
-def _tensors(task: Task) -> Mapping[str, Tensor]:
-    if not isinstance(task.lora, Path):
-        return task.lora
-    try:
-        tensors: dict[str, Tensor] = comfy.utils.load_torch_file(str(task.lora), safe_load=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise LoraError(f"{task.lora.name} cannot be read ({error}); download or save it again.") from error
-    return tensors

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ..ssr_core import Calibration, LoraError, SSRError, StatisticsError
+import torch
+
+from ..ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
 from .calibrate import calibrate
@@ -14,6 +17,7 @@ from .collection import Collection
 from .patches import read_tasks
 from .progress import show_steps
 from .provenance import describe
+from .room import size
 from .runs import REFINE, Sampling, plan
 from .sockets import Stats, Task
 from .text_encoder import calibrate_text
@@ -46,6 +50,8 @@ def collect(
     started = time.perf_counter()
     if not tasks:
         raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
+    if bare := [task.name for task in tasks if not task.conditioning]:
+        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
     _check(sampling, before)
     loras = read_tasks(tasks, model, clip, expand_rank)
     if not any(lora.model.updates for lora in loras):
@@ -60,9 +66,10 @@ def collect(
     encoded, text = calibrate_text(clip, loras, sampling.negative, None if like is None else like.text)
     runs = plan(encoded, sampling, 0 if like is not None else context, refine)
     calibration, silent = calibrate(
-        *(model, loras, runs, latent, context),
+        *(model, loras, runs, latent, 0 if like is not None else context),
         on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
         on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"),
+        on_need=lambda need: tell(_needs(need, model.load_device)),
         before=before,
         earlier=earlier,
     )
@@ -87,6 +94,13 @@ def _check(sampling: Sampling, before: Any) -> None:
             "model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
             "start_at_step to where it hands over."
         )
+
+
+def _needs(need: Requirement, device: torch.device) -> str:
+    there = f"{size(need.device)} on {device} beside the model, " if device.type != "cpu" else ""
+    text = f"Collecting takes about {there}{size(need.host)} of memory."
+    logging.info("SSR Collect Stats: %s", text)
+    return text
 
 
 def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:

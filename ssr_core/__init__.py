@@ -25,7 +25,7 @@ from .collect import StatisticsCollector
 from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
-from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
 from .files import load_lora, read_pairs, save_lora, to_state_dict
 from .lora import Lora
@@ -34,6 +34,7 @@ from .merge import Merge, MergeSettings, merge
 from .rank import truncate
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import Requirement
 from .router import Ridge, normal_equations, route, solve_router
 from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
@@ -56,10 +57,12 @@ __all__ = [
     "Recording",
     "Refinement",
     "Report",
+    "Requirement",
     "Residual",
     "Ridge",
     "Rule",
     "SSRError",
+    "SaveError",
     "Site",
     "SiteConflict",
     "SiteReport",

@@ -13,7 +13,7 @@ from torch import Tensor
 from .calibration import Calibration
 from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
-from .errors import SSRError, StatisticsError
+from .errors import SolveError, SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
 from .parallel import each
 from .rank import Directions, spread_ranks
@@ -84,7 +84,7 @@ def merge(
     Raises:
         SSRError: settings that cannot be meant.
         StatisticsError: statistics that do not belong to these LoRAs, or are not finite.
-        SolveError: a correlation matrix is singular.
+        SolveError: a correlation matrix is singular, or the result is too large.
     """
     settings = settings or MergeSettings()
     settings.check(len(calibration.loras))
@@ -133,8 +133,18 @@ def merge(
         on_site(total - len(sites) + done, total)
         reports.append(report)
         if update is not None:
-            updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+            updates[site] = _in_float32(update, site)
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
+
+
+def _in_float32(update: LowRankUpdate, site: Site) -> LowRankUpdate:
+    narrow = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+    if not narrow.is_finite():
+        raise SolveError(
+            f"{site}: the merged values do not fit into float32. Lower the strengths, or leave out the LoRA whose "
+            "values are that large; its file may be damaged."
+        )
+    return narrow
 
 
 def _with_directions(solution: Solution) -> tuple[Solution, Directions]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +22,18 @@ from .tap import Place, Tap
 
 Merged = list[tuple[Site, Placed, Tensor]]  # down and up of each update, where the layer computes
 
+FEW = 16  # tokens of a layer that may see the same under any LoRA
 TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What one call of a layer left under the LoRA alone, to be compared with the same call under the merge."""
+
+    count: int  # tokens of its output
+    chosen: Tensor | None = None  # which of them are compared; None = all
+    tokens: Tensor | None = None  # these, (tokens, out); None = no comparison
+    x: Tensor | None = None  # its input, in order to see whether the merge changes that at all
 
 
 class Refinement(Recording):
@@ -40,8 +52,10 @@ class Refinement(Recording):
         self._alone = True
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
         self._placed: dict[tuple[str, Place], Merged] = {}
-        # by layer: how many tokens an output has, which of them wait for the merge, and these under the LoRA
-        self._waiting: dict[str, deque[tuple[int, Tensor | None, Tensor]]] = {}
+        self._waiting: dict[str, deque[Alone]] = {}  # by layer
+        # Modulation layers see the same vector under any LoRA that leaves the time embedding alone: there is nothing
+        # to make up for, and their outputs are a third of all that would be kept.
+        self._unmoved: set[Tap] = set()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -94,25 +108,35 @@ class Refinement(Recording):
         if self._alone:
             result = layer.writable(x, output)
             self._add(tap, layer, where, x, result, tap.ups(where))
-            tokens = layer.outputs(result)
-            chosen = self._choice.of(len(tokens), x.device, tap.calls + tap.number)
-            waiting.append((len(tokens), chosen, tokens.clone() if chosen is None else tokens.index_select(0, chosen)))
+            waiting.append(self._kept(tap, layer, x, result))
             return result
         if not waiting:
             raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
-        count, chosen, alone = waiting.popleft()
-        if count != layer.positions(output):
+        alone = waiting.popleft()
+        if alone.count != layer.positions(output):
             raise StatisticsError(
-                f"{layer.name} saw {count} tokens under the LoRA alone and {layer.positions(output)} under the merge, "
-                "so they cannot be compared. Both have to run on the same batch; or collect without refinement."
+                f"{layer.name} saw {alone.count} tokens under the LoRA alone and {layer.positions(output)} under the "
+                "merge, so they cannot be compared. Both have to run on the same batch; or collect without refinement."
             )
-        if tap.counted:
-            self._compare(tap, layer, where, x, output, chosen, alone)
+        if alone.x is not None and torch.equal(alone.x, x):
+            self._unmoved.add(tap)
+        elif alone.tokens is not None:
+            self._compare(tap, layer, where, x, output, alone.chosen, alone.tokens)
         result = layer.writable(x, output)
         for site, placed, up in self._merged(tap, layer, where):
             for piece, written in layer.pieces(x, result, placed.rank, where[1]):
                 add_product(written[..., site.start : site.stop], layer.project(piece, placed), up)
         return result
+
+    def _kept(self, tap: Tap, layer: Layer, x: Tensor, result: Tensor) -> Alone:
+        """What has to wait for the merge."""
+        count = layer.positions(result)
+        if not tap.counted or tap in self._unmoved:
+            return Alone(count)
+        chosen = self._choice.of(count, x.device, tap.calls + tap.number)
+        tokens = layer.outputs(result)
+        kept = tokens.clone() if chosen is None else tokens.index_select(0, chosen)
+        return Alone(count, chosen, kept, x if count <= FEW else None)
 
     def _compare(
         self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor, chosen: Tensor | None, alone: Tensor

@@ -6,15 +6,15 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calibration import Calibration
 from .correction import Correction
+from .entry import Entry, check_sums
 from .errors import StatisticsError
-from .grams import Grams
+from .grams import Grams, unpack
 from .lora import Lora, find_order
 from .site import Site, canonical
 from .storage import read_safetensors, write_safetensors
@@ -66,44 +66,59 @@ def statistics_from(
     """What `statistics_state` gave, read with these LoRAs, in whichever order they are given; errors name `file`."""
     if metadata.get("ssr.format") != "statistics 1":
         raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
-    damaged = (KeyError, TypeError, ValueError, RuntimeError)
     try:
-        entries = [(Site(*entry["site"]), entry) for entry in json.loads(metadata["ssr.sites"])]
-        known = {key: [lora[key] for lora in json.loads(metadata["ssr.loras"])] for key in ("name", "fingerprint")}
-    except damaged as error:
-        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
+        described = json.loads(metadata["ssr.loras"])
+        names, fingerprints = ([str(lora[key]) for lora in described] for key in ("name", "fingerprint"))
+        entries = [Entry.parse(facts, len(names)) for facts in json.loads(metadata["ssr.sites"])]
+        if len({entry.site for entry in entries}) != len(entries):
+            raise ValueError("a site is named twice")
+    except (LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise _damaged(file, error) from error
     try:
-        order = find_order(known["name"], known["fingerprint"], loras)
+        order = find_order(names, fingerprints, loras)
     except StatisticsError as error:
         raise StatisticsError(f"{file} was {error}") from None
     saved = [loras[order.index(task)] for task in range(len(order))]
-    modules = {canonical(site.module): site.module for site, _ in entries}
+    modules = {canonical(entry.site.module): entry.site.module for entry in entries}
     saved = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in saved]
-    joined = join_loras(saved)
+    subspaces = _with_contexts(join_loras(saved), tensors, file)
     other = StatisticsError(f"{file} does not hold the layers of these LoRAs; collect and save them again.")
-    if {site for site, _ in entries} != {site for site, space in joined.items() if space.is_routed}:
+    if {entry.site for entry in entries} != {site for site, space in subspaces.items() if space.is_routed}:
         raise other
-    subspaces = {}
-    for site, space in joined.items():
-        context = tensors.get(f"context/{site.module}") if space.is_routed else None
-        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
-            raise other
-        subspaces[site] = space if context is None else space.with_context(context)
-    for site, entry in entries:
-        if entry.get("fingerprint") != subspaces[site].fingerprint:
-            raise other
+    if any(entry.fingerprint != subspaces[entry.site].fingerprint for entry in entries):
+        raise other
     try:
-        read = {s: _statistics(tensors, i, e, subspaces[s]) for i, (s, e) in enumerate(entries)}
+        read = {e.site: _statistics(tensors, i, e, subspaces[e.site]) for i, e in enumerate(entries)}
         corrections = {
-            s: _correction(tensors, i, e, subspaces[s]) for i, (s, e) in enumerate(entries) if "strengths" in e
+            e.site: _correction(tensors, i, e, e.strengths, subspaces[e.site])
+            for i, e in enumerate(entries)
+            if e.strengths is not None
         }
-    except damaged as error:
-        raise StatisticsError(f"{file} is damaged ({error!r}); collect and save the statistics again.") from error
+    except (LookupError, ValueError) as error:
+        raise _damaged(file, error) from error
     for site, statistics in read.items():
         statistics.check(subspaces[site], f"{file}: {site}")
     for site, correction in corrections.items():
         correction.check(subspaces[site], f"{file}: {site}")
     return Calibration(tuple(saved), subspaces, read, corrections).reordered(order)
+
+
+def _damaged(file: str, error: Exception) -> StatisticsError:
+    return StatisticsError(f"{file} is damaged ({str(error)[:200]}); collect and save the statistics again.")
+
+
+def _with_contexts(joined: Mapping[Site, Subspace], tensors: Mapping[str, Tensor], file: str) -> dict[Site, Subspace]:
+    """The subspaces with the context rows that a statistics file has for their modules."""
+    found = {}
+    for site, space in joined.items():
+        context = tensors.get(f"context/{site.module}") if space.is_routed else None
+        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
+            raise StatisticsError(
+                f"{file} was measured with other LoRAs ({site} has context rows of {tuple(context.shape)} and "
+                f"{space.down.shape[1]} inputs); collect them again."
+            )
+        found[site] = space if context is None else space.with_context(context)
+    return found
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
@@ -115,37 +130,36 @@ def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
     return rows
 
 
-def _statistics(
-    tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any], space: Subspace
-) -> SufficientStatistics:
-    tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))
-    levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])
-    if not len(tokens) == len(samples) == len(levels) == len(space.ranks):
-        raise ValueError(f"a site has counts of {len(tokens)} LoRAs")
-    grams = _grams(tensors, f"gram/{index}", [n > 0 for n in tokens], space)
-    return SufficientStatistics(grams, tokens, space.fingerprint, samples, levels)
+def _statistics(tensors: Mapping[str, Tensor], index: int, entry: Entry, space: Subspace) -> SufficientStatistics:
+    grams = _grams(tensors, f"gram/{index}", [n > 0 for n in entry.tokens], entry.site, space)
+    return SufficientStatistics(grams, entry.tokens, entry.fingerprint, entry.samples, entry.levels)
 
 
-def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any], space: Subspace) -> Correction:
+def _correction(
+    tensors: Mapping[str, Tensor], index: int, entry: Entry, strengths: tuple[float, ...], space: Subspace
+) -> Correction:
     ran = [f"correction.target/{index}/{task}" in tensors for task in range(len(space.ranks))]
-    shape = (len(space.up), len(space.down))
     targets = tuple(
-        _checked(tensors[f"correction.target/{index}/{task}"], shape) if there else torch.zeros(0, 0)
+        _expected(tensors[f"correction.target/{index}/{task}"], (len(space.up), len(space.down)), entry.site).float()
+        if there
+        else torch.zeros(0, 0)
         for task, there in enumerate(ran)
     )
-    strengths = tuple(map(float, entry["strengths"]))
-    return Correction(_grams(tensors, f"correction.gram/{index}", ran, space), targets, space.fingerprint, strengths)
+    grams = _grams(tensors, f"correction.gram/{index}", ran, entry.site, space)
+    return Correction(grams, targets, entry.fingerprint, strengths)
 
 
-def _grams(tensors: Mapping[str, Tensor], prefix: str, there: Sequence[bool], space: Subspace) -> Grams:
+def _grams(tensors: Mapping[str, Tensor], prefix: str, there: Sequence[bool], site: Site, space: Subspace) -> Grams:
     size = len(space.down)
     grams = Grams.zeros(len(there), size)
     for task in (task for task, seen in enumerate(there) if seen):
-        grams = grams.replaced(task, _checked(tensors[f"{prefix}/{task}"], (size * (size + 1) // 2,)))
+        packed = _expected(tensors[f"{prefix}/{task}"], (size * (size + 1) // 2,), site)
+        grams = grams.replaced(task, packed if packed.dtype == torch.float32 else packed.double())
+        check_sums(unpack(packed, size), site)
     return grams
 
 
-def _checked(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _expected(tensor: Tensor, shape: tuple[int, ...], site: Site) -> Tensor:
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise ValueError(f"a tensor is {tensor.dtype} {tuple(tensor.shape)}, not floating point {shape}")
+        raise ValueError(f"{site} has sums of {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
     return tensor

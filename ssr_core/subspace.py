@@ -39,7 +39,7 @@ class Subspace:
     def with_context(self, rows: Tensor) -> Subspace:
         """The same subspace seeing more: `rows` (context, in) become further rows of `down`.
 
-        For a convolution they look at the centre of the kernel.
+        For a convolution they look at the centre of the kernel. They are rounded to the precision of `down`.
         """
         if self.context:
             raise LoraError("This subspace has context rows already; statistics in it cannot be given others.")
@@ -47,7 +47,7 @@ class Subspace:
         wide = rows.new_zeros(*rows.shape, kernel.numel())
         wide[..., kernel.numel() // 2] = rows
         wide = wide.reshape(*rows.shape, *kernel)
-        return Subspace(torch.cat([self.down.float(), wide.float()]), self.up, self.ranks)
+        return Subspace(torch.cat([self.down, wide.to(self.down.dtype)]), self.up, self.ranks)
 
     @property
     def rank(self) -> int:

@@ -148,6 +148,7 @@ def taps_of(
     """
     taps: dict[str, Tap] = {}
     grouped: dict[tuple[str, str], Signal] = {}
+    tests: dict[object, Tensor] = {}
     for site, space in subspaces.items():
         if not (space.is_routed or space.ranks[task]):
             continue  # neither to be measured nor active now
@@ -158,7 +159,7 @@ def taps_of(
             tap.signals.append(grouped[key])
         grouped[key].sites.append(site)
         if survey and space.is_routed:
-            tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]))
+            tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]), tests)
         if space.ranks[task] and strength:
             own = space.blocks[task]
             grouped[key].updates.append((site, own, space.up[:, own]))

@@ -113,6 +113,14 @@ def test_prompts_of_unknown_text_are_shown_as_they_are(made):
     assert torch.equal(scene.encoded(made[1])[0][0], conditioning(3)[0][0])
 
 
+def test_without_any_prompt_there_is_nothing_to_compare(made):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    model, clip, tasks, lora = made
+    bare = tuple(type(one)(one.name, one.lora, 1.0, []) for one in tasks)
+    with pytest.raises(core.SSRError, match="no prompt to compare with"):
+        compare((model, clip, bare, lora))
+
+
 def test_the_negative_prompt_counts_with_a_cfg(made):
     model, clip, _, _ = made
     negative = execute(node("prompts.SSRPrompts"), clip=clip, text="blurry")[0]
