@@ -58,8 +58,13 @@ class Frontend:
     def load(self, workflow: Mapping[str, Any]) -> None:
         """As by dropping the file on the canvas."""
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+        self.wait_until_open(workflow)
+
+    def wait_until_open(self, workflow: Mapping[str, Any]) -> None:
+        """Until all nodes and links are there: opened from the template browser, they come by and by."""
         self.page.wait_for_function(
-            "count => app.graph._nodes.length === count && !app.configuringGraph", arg=len(workflow["nodes"])
+            "([nodes, links]) => app.graph._nodes.length === nodes && app.graph.links.size === links",
+            arg=[len(workflow["nodes"]), len(workflow["links"])],
         )
 
     def prompt(self) -> dict[str, Any]:
