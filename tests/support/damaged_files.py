@@ -251,10 +251,7 @@ def dialects(rng: random.Random, sound: bytes, canary: Path) -> bytes:
         [
             ["img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"],
             ["lora_unet__blocks_0_cross_attn_k.lora_down.weight"],
-            [
-                f"{name}.up.weight"
-                for name in ("single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2")
-            ],
+            [f"{name}.up.weight" for name in uso],
         ]
     )
     made = {mark: torch.ones(rng.choice([(4,), (4, 4), ()])) for mark in marks}
