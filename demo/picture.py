@@ -28,6 +28,6 @@ def _grid_of_the_pack() -> ModuleType:
     spec = importlib.util.spec_from_file_location("ssr_grid", GRID)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look up their annotations
+    sys.modules[spec.name] = module  # where dataclasses look up what they are told by name
     spec.loader.exec_module(module)
     return module
