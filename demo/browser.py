@@ -127,6 +127,25 @@ class Frontend:
         )
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
+    def cut_out(self, *nodes: int) -> bytes:
+        """A PNG of these nodes alone, as `look_at` shows them."""
+        self.look_at(*nodes)
+        left, top, right, bottom = self.page.evaluate(
+            """ids => {
+                const {scale, offset} = app.canvas.ds, nodes = ids.map(id => app.graph.getNodeById(id));
+                const x = value => (value + offset[0]) * scale, y = value => (value + offset[1]) * scale;
+                const right = n => n.pos[0] + n.size[0], bottom = n => n.pos[1] + n.size[1];
+                return [
+                    x(Math.min(...nodes.map(n => n.pos[0]))), y(Math.min(...nodes.map(n => n.pos[1] - 30))),
+                    x(Math.max(...nodes.map(right))), y(Math.max(...nodes.map(bottom))),
+                ];
+            }""",
+            list(nodes),
+        )
+        clip = {"x": left - 8, "y": top - 8, "width": right - left + 16, "height": bottom - top + 16}
+        picture: bytes = self.page.screenshot(clip=clip)
+        return picture
+
     def screenshot(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)

@@ -58,10 +58,13 @@ def main() -> None:
         ComfyServer(comfyui_path(), prepare_base_directory(Path(folder), pack_root=ROOT)) as server,
     ):
         found = english(server.object_info())
-    path = LOCALES / "en" / "nodeDefs.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    wanted = dict(flat(found))
+    before, wanted = dict(flat(read("en"))), dict(flat(found))
+    (LOCALES / "en" / "nodeDefs.json").write_text(
+        json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    for key in before.keys() & wanted.keys():
+        if before[key] != wanted[key]:
+            logging.info("English has changed, translations should, too: %s: %s", key, wanted[key])
     for language in LANGUAGES[1:]:
         has = dict(flat(read(language)))
         for key in wanted.keys() - has.keys():

@@ -40,8 +40,10 @@ class SSRAddLoRA(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "calibration",
+                    optional=True,
                     tooltip="Prompts that show what this LoRA is for, with its trigger words: from SSR Prompts, or "
-                    "joined with Conditioning (Combine). Each is sampled by itself, and a few merge better than one.",
+                    "joined with Conditioning (Combine). Each is sampled by itself, and a few merge better than one. "
+                    "Only for statistics from SSR Load Stats are none needed.",
                 ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before this one."),
                 LoraModelSocket.Input(
@@ -66,18 +68,16 @@ class SSRAddLoRA(io.ComfyNode):
         cls,
         lora_name: str,
         strength: float,
-        calibration: list[Any],
+        calibration: list[Any] | None = None,
         tasks: tuple[Task, ...] = (),
         lora: Any = None,
         images: Any = None,
     ) -> io.NodeOutput:
         before = tuple(tasks or ())
-        if not calibration:
-            raise LoraError(f"SSR Add LoRA: {lora_name} has no calibration prompt; connect SSR Prompts.")
         if lora is not None:
             name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
-            return io.NodeOutput((*before, Task(name, lora, strength, calibration, images)))
+            return io.NodeOutput((*before, Task(name, lora, strength, list(calibration or ()), images)))
         if lora_name == NONE:
             raise LoraError("SSR Add LoRA: choose a LoRA file, or connect the lora input.")
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return io.NodeOutput((*before, Task(path.stem, path, strength, calibration, images)))
+        return io.NodeOutput((*before, Task(path.stem, path, strength, list(calibration or ()), images)))

@@ -50,6 +50,8 @@ def collect(
     started = time.perf_counter()
     if not tasks:
         raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
+    if bare := [task.name for task in tasks if not task.conditioning]:
+        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
     _check(sampling, before)
     loras = read_tasks(tasks, model, clip, expand_rank)
     if not any(lora.model.updates for lora in loras):
@@ -64,7 +66,7 @@ def collect(
     encoded, text = calibrate_text(clip, loras, sampling.negative, None if like is None else like.text)
     runs = plan(encoded, sampling, 0 if like is not None else context, refine)
     calibration, silent = calibrate(
-        *(model, loras, runs, latent, context),
+        *(model, loras, runs, latent, 0 if like is not None else context),
         on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
         on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"),
         on_need=lambda need: tell(_needs(need, model.load_device)),

@@ -11,6 +11,7 @@ import comfy.sample
 from PIL import Image
 from torch import Tensor
 
+from ..ssr_core import SSRError
 from .candidates import Candidate
 from .picture import picture_of
 from .prompt import PROMPT, encode
@@ -45,9 +46,16 @@ class Scene:
 
 
 def scenes_of(text: str, tasks: Sequence[Task]) -> list[Scene]:
-    """One per line; without any, the first calibration prompt of each LoRA."""
+    """One per line; without any, the first calibration prompt of each LoRA.
+
+    Raises:
+        SSRError: there is none either.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [Scene(line) for line in lines] or [_first(task) for task in tasks]
+    scenes = [Scene(line) for line in lines] or [_first(task) for task in tasks if task.conditioning]
+    if not scenes:
+        raise SSRError("There is no prompt to compare with; write one per line.")
+    return scenes
 
 
 def _first(task: Task) -> Scene:

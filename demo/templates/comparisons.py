@@ -17,7 +17,10 @@ from .parts import (
     GREEN,
     GREY,
     INKWASH,
+    MOCHI,
     PURPLE,
+    ROBO,
+    SEPIA,
     YOURS,
     Lora,
     Shot,
@@ -124,23 +127,9 @@ def speed_lora_in_base_qwen() -> list[Group]:
 
 
 def tiny_demo() -> list[Group]:
-    places = {
-        "mochi the cat": ("on grass", "at night", "in the desert", "on the moon"),
-        "robo the robot": ("in the snow", "at night", "in the desert", "on the beach"),
-    }
-    mochi, robo = ([f"{who} {where}" for where in wheres] for who, wheres in places.items())
-    things = (
-        *("green house in the snow", "red car in the desert", "purple mushroom in the snow", "green tree at night"),
-        *("yellow star on the moon", "white boat on grass", "orange ball on the beach", "pink flower at night"),
-    )
-    loras = (
-        Lora("Mochi the cat", "mochi_cat.safetensors", mochi),
-        Lora("Robo the robot", "robo_robot.safetensors", robo),
-        Lora("sepia style", "sepia_style.safetensors", [f"a {thing}, sepia style" for thing in things]),
-    )
     return _merge_and_compare(
         bases.tiny(),
-        loras,
+        (MOCHI, ROBO, SEPIA),
         (
             Shot("Mochi", "mochi the cat on the beach", 3),
             Shot("Robo", "robo the robot on the moon", 6),
@@ -183,7 +172,7 @@ def _merge_and_compare(
         values = {"text": base.negative}
         negative = Node("SSRPrompts", "Negative prompt", {"clip": base.clip}, values, 120)
         extra = {"negative": negative["calibration"], "clip": base.clip}
-    latent, collecting = collect(base, tasks, batch, **extra)
+    latent, collecting = collect(base, tasks, extra, batch)
     solving = solve(collecting["stats"])
     picture_size = size(base)
     applied_inputs = {"model": base.model, "lora": solving["lora"]}

@@ -14,8 +14,8 @@ WORKFLOWS: dict[str, Callable[[], list[Group]]] = {
     "three-loras-zimage": comparisons.three_loras_zimage,
     "speed-lora-in-base-qwen": comparisons.speed_lora_in_base_qwen,
     "two-experts-wan22": scenarios.wan_two_experts,
-    "retune-saved-stats-zimage": scenarios.retune_saved_stats_zimage,
-    "diagnose-only-flux": scenarios.diagnose_only_flux,
-    "save-for-sharing-zimage": scenarios.save_for_sharing_zimage,
+    "retune-saved-stats-zimage": scenarios.retune_saved_stats,
+    "diagnose-only-flux": scenarios.diagnose_only,
+    "save-for-sharing-zimage": scenarios.save_for_sharing,
     "tiny-demo": comparisons.tiny_demo,
 }

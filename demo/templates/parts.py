@@ -86,6 +86,29 @@ COAT = Lora(
     ),
     0.8,
 )
+MOCHI = Lora(
+    "Mochi the cat",
+    "mochi_cat.safetensors",
+    ("mochi the cat on grass", "mochi the cat at night", "mochi the cat in the desert", "mochi the cat on the moon"),
+)
+ROBO = Lora(
+    "Robo the robot",
+    "robo_robot.safetensors",
+    (
+        *("robo the robot in the snow", "robo the robot at night"),
+        *("robo the robot in the desert", "robo the robot on the beach"),
+    ),
+)
+SEPIA = Lora(
+    "sepia style",
+    "sepia_style.safetensors",
+    (
+        *("a green house in the snow, sepia style", "a red car in the desert, sepia style"),
+        *("a purple mushroom in the snow, sepia style", "a green tree at night, sepia style"),
+        *("a yellow star on the moon, sepia style", "a white boat on grass, sepia style"),
+        *("a orange ball on the beach, sepia style", "a pink flower at night, sepia style"),
+    ),
+)
 
 
 def chain(loras: Sequence[Lora], base: Base) -> tuple[list[list[Node]], Source]:
@@ -111,10 +134,10 @@ def _guidance(source: Source, value: float, height: int | None = None) -> Node:
     return Node("FluxGuidance", None, {"conditioning": source}, {"guidance": value}, height)
 
 
-def collect(base: Base, tasks: Source, batch: int = 1, **inputs: Any) -> tuple[Node, Node]:
+def collect(base: Base, tasks: Source, inputs: Mapping[str, Source] | None = None, batch: int = 1) -> tuple[Node, Node]:
     """(empty latent, SSR Collect Stats)"""
     latent = Node(base.latent, "Calibration size", values={**base.size, "batch_size": batch})
-    sockets = {"model": base.model, "tasks": tasks, "latent": latent["LATENT"], **inputs}
+    sockets = {"model": base.model, "tasks": tasks, "latent": latent["LATENT"], **(inputs or {})}
     return latent, Node("SSRCollectStats", None, sockets, base.calibration_values(), room=56, colour="merge")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from . import bases
-from .graph import Group, Node, note
+from .bases import Base
+from .graph import Group, Node, Source, note
 from .parts import (
     AMBER,
     ANNA,
@@ -30,13 +32,18 @@ from .parts import (
 
 EXAMPLES = YOURS.format(words="`anna1 woman` and so on stand for yours")
 
+BRIDGE = Shot("character and style", "anna1 woman standing on a bridge in the rain, inkwash style")
 
-def first_steps() -> list[Group]:
-    base = bases.sdxl()
-    positive = "inkwash style, anna1 woman standing on a bridge in the rain"
+
+def first_steps(
+    base: Base | None = None,
+    loras: tuple[Lora, Lora] = (INKWASH, ANNA),
+    positive: str = "inkwash style, anna1 woman standing on a bridge in the rain",
+) -> list[Group]:
+    base = base or bases.sdxl()
     latent = size(base)
     prompt = Node("CLIPTextEncode", "Prompt", values={"text": positive}, height=140, colour="fill in")
-    negative = Node("CLIPTextEncode", "Negative prompt", {"clip": base.clip}, {"text": base.negative}, 120)
+    negative = Node("CLIPTextEncode", "Negative prompt", {"clip": base.clip}, {"text": base.negative or ""}, 120)
     quick = Node(
         "SSRQuickMerge",
         None,
@@ -45,9 +52,9 @@ def first_steps() -> list[Group]:
             "negative": negative["CONDITIONING"],
         },
         {
-            **{"lora_1": INKWASH.file, "prompts_1": "\n".join(INKWASH.prompts)},
-            **{"lora_2": ANNA.file, "prompts_2": "\n".join(ANNA.prompts)},
-            **{"cfg": 7, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+            **{f"lora_{number}": lora.file for number, lora in enumerate(loras, 1)},
+            **{f"prompts_{number}": "\n".join(lora.prompts) for number, lora in enumerate(loras, 1)},
+            **{key: base.sampling[key] for key in ("cfg", "sampler_name", "scheduler")},
         },
         colour="fill in",
     )
@@ -84,17 +91,17 @@ def first_steps() -> list[Group]:
     ]
 
 
-def diagnose_only_flux() -> list[Group]:
-    base = bases.flux()
-    columns, tasks = chain((ANNA, INKWASH, COAT), base)
+def diagnose_only(base: Base | None = None, loras: Sequence[Lora] = (ANNA, INKWASH, COAT)) -> list[Group]:
+    base = base or bases.flux()
+    columns, tasks = chain(loras, base)
     latent, collecting = collect(base, tasks)
     collecting.values = {**collecting.values, "refine": 0}
     found = Node("SSRReport", None, {"stats": collecting["stats"]}, height=520, colour="merge")
     start = note(
         "Start here",
         "Do these LoRAs get in each other's way, and where? This graph measures and tells; it merges nothing.",
-        "Choose your models and LoRAs. *refine* is 0 in SSR Collect Stats, since only a merge needs it: that makes it "
-        "three times as quick.",
+        "Choose your models and LoRAs. *refine* is 0 in SSR Collect Stats, since only a merge needs it: that saves "
+        "most of the time.",
         height=210,
     )
     reading = note(
@@ -119,9 +126,13 @@ def diagnose_only_flux() -> list[Group]:
     ]
 
 
-def retune_saved_stats_zimage() -> list[Group]:
-    base = bases.z_image()
-    columns, tasks = chain((ANNA, INKWASH), base)
+def retune_saved_stats(
+    base: Base | None = None,
+    loras: Sequence[Lora] = (ANNA, INKWASH),
+    shot: Shot = BRIDGE,
+) -> list[Group]:
+    base = base or bases.z_image()
+    columns, tasks = chain(loras, base)
     latent, collecting = collect(base, tasks)
     saving = Node(
         *("SSRSaveStats", None, {"stats": collecting["stats"]}, {"filename_prefix": "my-loras"}), colour="merge"
@@ -134,8 +145,7 @@ def retune_saved_stats_zimage() -> list[Group]:
     solving = solve(loaded["stats"], rank=32, strengths="1, 0.8", layers="keep all\nstack modulation")
     picture_size = size(base)
     applied = Node("SSRApply", None, {"model": base.model, "lora": solving["lora"]}, colour="merge")
-    shots = (Shot("character and style", "anna1 woman standing on a bridge in the rain, inkwash style"),)
-    drawn, _ = pictures(base, shots, applied["model"], picture_size["LATENT"], prefix="retuned/merged")
+    drawn, _ = pictures(base, (shot,), applied["model"], picture_size["LATENT"], prefix="retuned/merged")
     start = note(
         "Start here",
         "Measuring takes minutes, solving seconds. Saved statistics bring you back to the second part days later, with "
@@ -176,13 +186,15 @@ def retune_saved_stats_zimage() -> list[Group]:
     ]
 
 
-def save_for_sharing_zimage() -> list[Group]:
-    base = bases.z_image()
-    loras = (ANNA, INKWASH)
+def save_for_sharing(
+    base: Base | None = None,
+    loras: Sequence[Lora] = (ANNA, INKWASH),
+    prompts: Sequence[str] = ("photo of anna1 woman riding a bicycle", "a lighthouse in a storm, inkwash style"),
+) -> list[Group]:
+    base = base or bases.z_image()
     columns, tasks = chain(loras, base)
     latent, collecting = collect(base, tasks)
     solving = solve(collecting["stats"], rank=-1)
-    prompts = "photo of anna1 woman riding a bicycle\na lighthouse in a storm, inkwash style"
     compare = Node(
         "SSRCompare",
         "SSR Compare: the sheet to show with the file",
@@ -190,7 +202,7 @@ def save_for_sharing_zimage() -> list[Group]:
             **{"model": base.model, "clip": base.clip, "vae": base.vae, "tasks": tasks, "lora": solving["lora"]},
             "latent": latent["LATENT"],
         },
-        {"prompts": prompts, "seed": 1, **base.sampling},
+        {"prompts": "\n".join(prompts), "seed": 1, **base.sampling},
         700,
         "merge",
     )
@@ -233,7 +245,8 @@ def wan_two_experts() -> list[Group]:
     high, low = bases.wan()
     loras = (ANNA, INKWASH)
     prompts, high_adders = chain([_for(lora, "high") for lora in loras], high)[0]
-    low_adders, tasks = [], {}
+    low_adders: list[Node] = []
+    tasks: dict[str, Source] = {}
     for lora, prompt in zip(loras, prompts, strict=True):
         expert = _for(lora, "low")
         values = {"lora_name": expert.file, "strength": expert.strength}
@@ -242,11 +255,11 @@ def wan_two_experts() -> list[Group]:
         tasks = {"tasks": low_adders[-1]["tasks"]}
     negative = Node("SSRPrompts", "Negative prompt", {"clip": high.clip}, {"text": high.negative}, 120)
     more = {"negative": negative["calibration"]}
-    latent, high_collect = collect(high, high_adders[-1]["tasks"], **more)
+    latent, high_collect = collect(high, high_adders[-1]["tasks"], more)
     high_collect.title = "SSR Collect Stats: high noise"
     high_solve = solve(high_collect["stats"])
     high_apply = Node("SSRApply", "SSR Apply: high noise", {"model": high.model, "lora": high_solve["lora"]})
-    low_collect = collect(low, tasks["tasks"], model_before=high_apply["model"], **more)[1]
+    low_collect = collect(low, tasks["tasks"], {"model_before": high_apply["model"], **more})[1]
     low_collect.inputs = {**low_collect.inputs, "latent": latent["LATENT"]}
     low_collect.title = "SSR Collect Stats: low noise"
     low_solve = solve(low_collect["stats"])

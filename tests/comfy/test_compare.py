@@ -113,6 +113,14 @@ def test_prompts_of_unknown_text_are_shown_as_they_are(made):
     assert torch.equal(scene.encoded(made[1])[0][0], conditioning(3)[0][0])
 
 
+def test_without_any_prompt_there_is_nothing_to_compare(made):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    model, clip, tasks, lora = made
+    bare = tuple(type(one)(one.name, one.lora, 1.0, []) for one in tasks)
+    with pytest.raises(core.SSRError, match="no prompt to compare with"):
+        compare((model, clip, bare, lora))
+
+
 def test_the_negative_prompt_counts_with_a_cfg(made):
     model, clip, _, _ = made
     negative = execute(node("prompts.SSRPrompts"), clip=clip, text="blurry")[0]
@@ -193,3 +201,12 @@ def test_a_name_is_broken_where_it_has_a_dash_or_an_underscore(pack):
 def test_headings_and_labels_are_drawn(pack):
     heading, label = ink_outside_the_pictures(drawn(["a cat", "SSR merge"], ["a prompt of some length"]))
     assert heading > 20 and label > 20
+
+
+def test_the_demos_picture_is_drawn_by_the_same_grid(pack, tmp_path):
+    from demo import picture
+
+    Image.new("RGB", (60, 90), (250, 10, 10)).save(tmp_path / "red.png")
+    paths = {(row, column): tmp_path / "red.png" for row in range(2) for column in range(3)}
+    sheet = picture.grid(paths, ["one", "two"], ["a", "b", "c"], 0)
+    assert sheet.tobytes() == drawn(["a", "b", "c"], ["one", "two"], cell=192).tobytes()

@@ -54,6 +54,19 @@ def test_the_page_opens_and_the_search_finds_the_nodes_by_what_people_call_them(
     frontend.clear()
 
 
+def test_the_blueprint_is_found_and_opens_as_a_subgraph_of_whole_nodes(frontend: Frontend):
+    page = frontend.page
+    page.evaluate("() => app.graph.clear()")
+    frontend.search("SSR Merge")
+    page.get_by_role("button", name="Blueprints").click()
+    page.get_by_text("Merges two LoRAs into one").first.click()
+    page.mouse.click(800, 300)  # where it is put down
+    page.wait_for_function("() => app.graph._nodes.length === 1")
+    kinds = page.evaluate("() => app.graph._nodes[0].subgraph.nodes.map(node => node.type)")
+    assert len(kinds) >= 7 and all(kind.startswith("SSR") for kind in kinds)
+    frontend.screenshot(SHOTS / "blueprint.png")
+
+
 def test_the_template_browser_shows_every_workflow_with_its_picture(frontend: Frontend):
     page = frontend.page
     page.get_by_role("button", name="Templates").click()

@@ -27,7 +27,9 @@ def files(pack, tmp_path_factory):
     for seed, name in enumerate(("cat", "house", "third"), 1):
         save_file(flux_lora("kohya", rank=2 + seed, seed=seed) | pair, folder / f"{name}.safetensors")
     folder_paths.filename_list_cache.pop("loras", None)
-    return folder
+    yield folder
+    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))  # other tests have files of the same names
+    folder_paths.filename_list_cache.pop("loras", None)
 
 
 @pytest.fixture(scope="module")

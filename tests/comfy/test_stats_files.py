@@ -79,6 +79,14 @@ def test_loras_in_another_order_get_their_own_statistics(model):
     assert loaded.collections[0].prompts == stats.collections[0].prompts[::-1]
 
 
+def test_loras_need_no_prompts_to_load_their_statistics(model):
+    stats = collect(model, *tasks())
+    bare = [replace(one, conditioning=[]) for one in tasks()]
+    loaded = load(save(stats), model, bare)
+    assert same(solve(loaded)[0], solve(stats)[0])
+    assert loaded.collections == stats.collections
+
+
 def test_loaded_statistics_take_the_strengths_of_the_loras_at_hand(model):
     stats = collect(model, *tasks())
     loaded = load(save(stats), model, tasks(strengths=(0.5, -1.0)))
