@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .accumulator import Accumulator
 from .choice import Choice
 from .errors import ModelMismatchError
 from .layer import Layer, add_product, compute_dtype, fits
@@ -93,6 +94,13 @@ class Recording:
         self.detach()
         for tap in self._taps:
             tap.release()
+
+    def clear(self) -> None:
+        """Forget the sums, which somebody else has now; what was heard is still known."""
+        for tap in self._taps:
+            tap.sketch = None
+            for signal in tap.signals:
+                signal.sums = Accumulator()
 
     @property
     def heard(self) -> bool:

@@ -87,6 +87,10 @@ class Refinement(Recording):
         self._placed.clear()
         self._waiting.clear()
 
+    def clear(self) -> None:
+        super().clear()
+        self._targets.clear()
+
     def corrections(self) -> Iterator[tuple[Site, Correction]]:
         """What this run adds, for each site that is routed.
 
