@@ -185,11 +185,11 @@ def _merge_and_compare(
     else:
         stacked, model = stack(loras, base)
         twins, _ = pictures(base, shots, model, picture_size["LATENT"], kind="plain stack", texts=texts)
-    compare = note("Compare", *((SWITCH,) if bypassed else ()), expect, height=250 if bypassed else 170)
+    compare = note("Compare", *((SWITCH,) if bypassed else ()), expect)
     use = Group("4 Use it", PURPLE, [(270, [applied, picture_size, compare]), (300, drawn.texts)])
     use.columns = [*use.columns, (270, drawn.samplers), (390, drawn.images)]
     return [
-        Group("1 Models", BLUE, [(330, [note("Start here", *start, height=230), *base.nodes])]),
+        Group("1 Models", BLUE, [(330, [note("Start here", *start), *base.nodes])]),
         Group("2 LoRAs and prompts", GREEN, with_note(columns, yours)),
         Group(
             "3 Merge",

@@ -44,8 +44,15 @@ class Node:
         return self, output
 
 
-def note(title: str, *paragraphs: str, height: int) -> Node:
-    return Node(NOTE, title, values={"": "\n\n".join(paragraphs)}, height=height, colour="note")
+def note(title: str, *paragraphs: str) -> Node:
+    return Node(NOTE, title, values={"": "\n\n".join(paragraphs)}, colour="note")
+
+
+def note_height(note: Node, width: int) -> int:
+    """Of a note that shows all of its text and has some room to spare, as fonts differ."""
+    paragraphs = note.values[""].split("\n\n")
+    lines = sum(-(-len(paragraph) // ((width - 26) // 5)) for paragraph in paragraphs)
+    return 46 + 15 * lines + 10 * len(paragraphs)
 
 
 @dataclass(eq=False)
@@ -124,9 +131,11 @@ def _widgets(node: Node, info: ObjectInfo) -> Iterator[tuple[str, Any]]:
             yield "control_after_generate", "fixed"
 
 
-def _height(node: Node, info: ObjectInfo) -> int:
+def _height(node: Node, width: int, info: ObjectInfo) -> int:
     if node.height is not None:
         return node.height
+    if node.kind == NOTE:
+        return note_height(node, width)
     specs = _specs(node, info)
     inputs = sum(not _is_widget(spec) for spec, _ in specs.values())
     texts = sum(bool(len(spec) > 1 and spec[1].get("multiline")) for spec, _ in specs.values())
@@ -164,7 +173,7 @@ def _stack(column: Sequence[Node | int], width: int, left: int, top: int, info: 
         if isinstance(node, int):
             top += node
             continue
-        node.pos, node.size = (left, top), (width, _height(node, info))
+        node.pos, node.size = (left, top), (width, _height(node, width, info))
         bottom = top + node.size[1]
         top = bottom + TITLE + GAP
     return bottom

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bases import Base
-from .graph import GAP, TITLE, Node, Source, note
+from .graph import GAP, TITLE, Node, Source, note, note_height
 
 PICTURE = 362  # height of a shown picture, as that of the nodes that draw it
 BLUE, GREEN, AMBER, PURPLE, GREY = "#3f789e", "#8A8", "#b58b2a", "#a1309b", "#88A"
@@ -154,7 +154,7 @@ def save(lora: Source, name: str, title: str = "SSR Save LoRA (output/loras)", *
 
 
 def merging() -> Node:
-    return note("Merging", *MERGING, height=190)
+    return note("Merging", *MERGING)
 
 
 def size(base: Base) -> Node:
@@ -242,9 +242,10 @@ def stack_with_clip(loras: Sequence[Lora], base: Base) -> tuple[list[Node], Sour
 def with_note(columns: Sequence[Sequence[Node]], yours: str | None) -> list[tuple[int, list[Node | int]]]:
     """Columns of a chain of LoRAs with their widths, a note above the first."""
     widths = {"SSRPrompts": 400, "FluxGuidance": 210, "SSRAddLoRA": 320}
-    return [(widths[column[0].kind], [*([_above(column, yours)] if yours else []), *column]) for column in columns]
-
-
-def _above(column: Sequence[Node], text: str) -> Node | int:
-    """The note stands over the prompts; the other columns leave its height free."""
-    return note("Your LoRAs", text, height=130) if column[0].kind == "SSRPrompts" else 130 + 54
+    above = note("Your LoRAs", yours) if yours else None
+    space = note_height(above, widths["SSRPrompts"]) + TITLE + GAP if above else 0
+    named: list[tuple[int, list[Node | int]]] = []
+    for column in columns:
+        kind = column[0].kind
+        named.append((widths[kind], [above if above and kind == "SSRPrompts" else space, *column]))
+    return named

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from . import bases
 from .bases import Base
-from .graph import Group, Node, Source, note
+from .graph import GAP, TITLE, Group, Node, Source, note, note_height
 from .parts import (
     AMBER,
     ANNA,
@@ -72,14 +72,12 @@ def first_steps(
         "words**.",
         "3. Write a prompt for the picture and press **Run**.",
         "The first run measures; later ones only draw. **Load LoRA** lists the saved file.",
-        height=250,
     )
     expect = note(
         "What to expect",
         "The report says how much of each LoRA is left: 0 is the LoRA as it is alone, 1 as if it were missing.",
         "For more control open the template *two-characters-flux* or *style-and-character-sdxl*: there each step is a "
         "node of its own, and a comparison is included.",
-        height=184,
     )
     use = Group("3 Use it", PURPLE, [(330, [prompt, sampler, decoded]), (440, [image])])
     kept = [save(quick["lora"], "first-steps"), expect]
@@ -102,7 +100,6 @@ def diagnose_only(base: Base | None = None, loras: Sequence[Lora] = (ANNA, INKWA
         "Do these LoRAs get in each other's way, and where? This graph measures and tells; it merges nothing.",
         "Choose your models and LoRAs. *refine* is 0 in SSR Collect Stats, since only a merge needs it: that saves "
         "most of the time.",
-        height=210,
     )
     reading = note(
         "Reading the report",
@@ -110,7 +107,6 @@ def diagnose_only(base: Base | None = None, loras: Sequence[Lora] = (ANNA, INKWA
         "as if it were missing.",
         "Where even the stack loses next to nothing, load the LoRAs one after the other and save yourself the merge. "
         "Where both lose much, the prompts make the model see the same things: let them differ more, or drop a LoRA.",
-        height=230,
     )
     return [
         Group("1 Models", BLUE, [(330, [start, *base.nodes[:2]])]),
@@ -152,14 +148,12 @@ def retune_saved_stats(
         "other strengths, another rank, other layers.",
         "First time: the group at the bottom is bypassed; select its nodes, press Ctrl+B, run, then bypass it again, "
         "press R and choose the file in SSR Load Stats.",
-        height=260,
     )
     knobs = note(
         "What to change",
         "*strengths*: one number per LoRA. *rank*: the size of the file; -1 finds one. *layers*: rules such as "
         "`drop mlp` or `stack single_blocks.0-9`. *ridge*: raise it after short calibrations.",
         "The LoRA files must be the same, in any order; their prompts are not read again.",
-        height=210,
     )
     read = Group(
         "3 Solve again",
@@ -212,14 +206,12 @@ def save_for_sharing(
         "One small file that others can load with plain Load LoRA, a sheet that shows what it does, and a report to "
         "paste beside it.",
         "Ask the makers of the LoRAs, or read their licences, before you publish a merge of them.",
-        height=210,
     )
     inside = note(
         "What is in the file",
         "Names, sha256 and strengths of the LoRAs, their trigger words, the base, the settings and the report. Set "
         "*rank* of SSR Solve to -1 for the smallest file that loses less than 1 % of the effect in each layer.",
         "bfloat16 loads everywhere; float16 is for tools that want it.",
-        height=200,
     )
     return [
         Group("1 Models", BLUE, [(330, [start, *base.nodes])]),
@@ -248,6 +240,7 @@ def wan_two_experts() -> list[Group]:
     low_adders: list[Node] = []
     tasks: dict[str, Source] = {}
     for lora, prompt in zip(loras, prompts, strict=True):
+        prompt.title = f"SSR Prompts: {lora.what}"  # both experts' LoRAs are for the same
         expert = _for(lora, "low")
         values = {"lora_name": expert.file, "strength": expert.strength}
         inputs = {"calibration": prompt["calibration"], **tasks}
@@ -291,8 +284,7 @@ def wan_two_experts() -> list[Group]:
         "Start here",
         "Wan 2.2 is two models, one for the noisy half and one for the rest, and a LoRA for it is two files. Merge "
         "each half by itself.",
-        "Choose the files of the high-noise expert in the upper row and those of the low-noise expert below.",
-        height=190,
+        "Choose the files for the high-noise expert in the upper two nodes and those for the low-noise expert below.",
     )
     handing = note(
         "Handing over",
@@ -300,8 +292,8 @@ def wan_two_experts() -> list[Group]:
         "same proportion: *end_at_step* of the high-noise node and *start_at_step* of the low-noise node.",
         "The low-noise node gets the merged high-noise model as *model_before*, so it sees what that will hand it. 17 "
         "frames are enough to measure.",
-        height=230,
     )
+    yours = note("Your LoRAs", EXAMPLES)
     return [
         Group("1 Models", BLUE, [(330, [start, *high.nodes])]),
         Group(
@@ -311,11 +303,11 @@ def wan_two_experts() -> list[Group]:
                 (
                     400,
                     [
-                        note("Your LoRAs", EXAMPLES, height=130),
+                        yours,
                         *prompts,
                     ],
                 ),
-                (360, [184, *high_adders, *low_adders]),
+                (360, [note_height(yours, 400) + TITLE + GAP, *high_adders, *low_adders]),
             ],
         ),
         Group(

@@ -69,6 +69,7 @@ def main() -> None:
         with frontend(server, 1200, 1100) as opened:
             for name in GRAPHS:
                 save(name, of_nodes(opened, info, name))
+            whole(opened, info).save(ROOT / "docs" / "in-comfyui.jpg", quality=78, optimize=True, progressive=True)
 
 
 def drawn(server: ComfyServer, info: ObjectInfo) -> Mapping[tuple[str, str], Path]:
@@ -98,6 +99,19 @@ def compared(pairs: Sequence[tuple[Path, Path]]) -> Image.Image:
                 resized = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(resized, (left + column * (cell + gap), top + head))
     return sheet
+
+
+def whole(opened: Frontend, info: ObjectInfo) -> Image.Image:
+    """The first steps, done: the whole graph."""
+    ui = workflow("first-steps-sdxl", GRAPHS["first-steps-sdxl"][0](), info)
+    opened.page.set_viewport_size({"width": 1400, "height": 1100})
+    opened.load(ui)
+    opened.wait_until_done(opened.press_run())
+    opened.clear()
+    shot = opened.cut_out(*(node["id"] for node in ui["nodes"]))
+    opened.page.wait_for_timeout(1000)
+    shot = opened.cut_out(*(node["id"] for node in ui["nodes"]))
+    return Image.open(io.BytesIO(shot)).convert("RGB")
 
 
 def of_nodes(opened: Frontend, info: ObjectInfo, name: str) -> Image.Image:
