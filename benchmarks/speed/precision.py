@@ -3,9 +3,9 @@
 
     python benchmarks/speed/precision.py
 
-TF32 and half precision are rounded to here, on the CPU, with products summed in float32, as tensor cores do. This package
-does not ask for TF32; a host that allows it (torch.backends.cuda.matmul.allow_tf32) gets what the table says. From half
-precision runs it measures with `down` in two parts, the second being what rounding took from the first.
+TF32 and half precision are rounded to here, on the CPU, with products summed in float32, as tensor cores do. This
+package does not ask for TF32; a host that allows it (torch.backends.cuda.matmul.allow_tf32) gets what the table says.
+From half precision runs it measures with `down` in two parts, the second being what rounding took from the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TOKENS, WIDTH, RANK = 4096, 3072, 128
 
 
 def inputs() -> dict[str, Tensor]:
-    """With all directions alike, and with one that a hundred times the others' energy is in, as real layers have."""
+    """With all directions alike, and with one that holds most of the energy, as in real layers."""
     torch.manual_seed(0)
     noise = torch.randn(TOKENS, WIDTH)
     direction = torch.randn(WIDTH) / WIDTH**0.5
