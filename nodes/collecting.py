@@ -74,8 +74,10 @@ def collect(
         earlier=earlier,
     )
     tell(_summary(calibration, tasks, time.perf_counter() - started))
+    of_text = (None,) * len(loras) if text is None else text.loras
+    shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
-        *(tuple(loras), calibration, text, clip is not None, silent),
+        *(tuple(shared), calibration, text, clip is not None, silent),
         *(describe(model, loras, [collection]), (collection,)),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import comfy.lora_convert
 import comfy.utils
 from torch import Tensor
 
@@ -16,14 +17,22 @@ _KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.
 
 
 def read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a task's LoRA and what is worth remembering about where they come from.
+    """The tensors of a task's LoRA, in a spelling that ComfyUI's key map has, and what to remember of their source.
 
     Raises:
         LoraError: no file, damaged, or not what a LoRA file is; names the file.
     """
-    if not isinstance(task.lora, Path):
-        return owned(task.lora, task.name, LoraError), {"file": task.name}
-    file = task.lora
+    if isinstance(task.lora, Path):
+        tensors, source = _read_file(task.lora)
+    else:
+        tensors, source = owned(task.lora, task.name, LoraError), {"file": task.name}
+    try:
+        return comfy.lora_convert.convert_lora(tensors), source
+    except (LookupError, AttributeError) as error:  # it knows a dialect by some of its keys and expects the others
+        raise LoraError(f"{task.name} has no {error}, which others of its keys need; it is incomplete.") from error
+
+
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with unchanged(file, LoraError):
             _check_container(file)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
 import torch
 from torch import Tensor
@@ -50,7 +49,6 @@ def _read_task(task: Task, network: Network, connected: Network | None, rank: in
     tensors, source = read(task)
     if not tensors:
         raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
-    tensors = comfy.lora_convert.convert_lora(tensors)
     encoder = connected or _names_only(tensors, network)
     known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class LoadedLora:
     model: Part
     text: Part
     account: Account
+
+    def sharing(self, model: Lora, text: Lora | None) -> LoadedLora:
+        """The same with its factors where statistics keep them, so that nothing is in memory twice."""
+        of_text = self.text if text is None else replace(self.text, updates=text.updates)
+        return replace(self, model=replace(self.model, updates=model.updates), text=of_text)
 
     @cached_property
     def lora(self) -> Lora:

@@ -102,6 +102,7 @@ class StatisticsCollector:
         finally:
             refinement.close()
         found = dict(refinement.corrections())
+        refinement.clear()
         self._corrections.update(
             {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
         )
@@ -133,20 +134,23 @@ class StatisticsCollector:
             self._surveys += 1
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
+        recording.clear()
 
     def see(self, rows: int = CONTEXT) -> None:
         """Give every subspace the context rows that the surveys found, or the first `rows` of them."""
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
-        leaders = self.shared
-        own = [module for module in self.surveys if module not in leaders]
-        found = dict(zip(own, each(lambda m: principal_rows(self.surveys[m].double(), rows), own), strict=True))
-        found |= {module: found[leader] for module, leader in leaders.items()}
-        self.subspaces = {
-            site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
-            for site, space in self.subspaces.items()
-        }
+        of_leader: dict[str, list[Site]] = {}
+        for site, space in self.subspaces.items():
+            if space.is_routed:
+                of_leader.setdefault(self.shared.get(site.module, site.module), []).append(site)
+        seen = [module for module in of_leader if module in self.surveys]
+        # a survey is large, and goes as soon as its rows are found
+        found = each(lambda module: principal_rows(self.surveys.pop(module).double(), rows), seen)
+        for module, directions in zip(seen, found, strict=True):
+            for site in of_leader[module]:
+                self.subspaces[site] = self.subspaces[site].with_context(directions)
         self.surveys.clear()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,23 @@ class Placed:
 
     down: Tensor  # (rank, in, *kernel); twice as many rows where half precision alone would not hold them
     rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedUp:
+    """An `up` where a layer computes: `scale` times `matrix`."""
+
+    matrix: Tensor  # (out, rank)
+    scale: float
+
+    @classmethod
+    def of(cls, up: Tensor, where: tuple[torch.device, torch.dtype], strength: float = 1.0) -> PlacedUp:
+        device, dtype = where
+        if dtype != torch.float16:
+            return cls(up.to(device, dtype), strength)
+        # the smallest values of many LoRAs are below what float16 has in full: brought near 1, they are not
+        power = 2.0 ** math.frexp(float(up.abs().max()))[1]
+        return cls((up.float() / power).to(device, dtype), strength * power)
 
 
 @dataclass(frozen=True)
@@ -160,14 +178,14 @@ def fits(tokens: int, width: int) -> bool:
     return 4 * tokens * width <= CHUNK_BYTES
 
 
-def add_product(written: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> None:
-    """written += scale z up^T, in place.
+def add_product(written: Tensor, z: Tensor, placed: PlacedUp) -> None:
+    """written += z up^T, in place.
 
     Args:
         written: (..., out), a view of an output.
         z: (tokens, r)
-        up: (out, r)
     """
+    up, scale = placed.matrix, placed.scale
     if written.dtype == up.dtype and written.ndim == 2:
         written.addmm_(z.to(up.dtype), up.mT, alpha=scale)
         return

@@ -56,8 +56,9 @@ class LowRankUpdate:
         up = up.flatten(start_dim=1)
         if up.shape[1] != down.shape[0]:
             raise LoraError(f"{name}: {shapes} differ in rank; one half of the pair belongs to another LoRA.")
-        # a power of two (alpha / rank mostly is one) leaves half precision exact, and the update half the size
-        exact = abs(math.frexp(scale)[0]) == 0.5 and 2**-8 <= abs(scale) <= 2**8
+        # a power of two (alpha / rank mostly is one) leaves bfloat16 exact, and the update half the size; float16 is
+        # not so wide that it would
+        exact = up.dtype == torch.bfloat16 and abs(math.frexp(scale)[0]) == 0.5 and 2**-8 <= abs(scale) <= 2**8
         update = cls(down, up if scale == 1.0 else up * scale if exact else up.float() * scale)
         if not update.is_finite():
             raise LoraError(f"{name} contains NaN or infinite values; the file is damaged or its training diverged.")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .accumulator import Accumulator
 from .choice import Choice
 from .errors import ModelMismatchError
-from .layer import Layer, add_product, compute_dtype, fits
+from .layer import Layer, PlacedUp, add_product, compute_dtype, fits
 from .site import Site, canonical
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
@@ -94,6 +95,13 @@ class Recording:
         for tap in self._taps:
             tap.release()
 
+    def clear(self) -> None:
+        """Forget the sums, which somebody else has now; what was heard is still known."""
+        for tap in self._taps:
+            tap.sketch = None
+            for signal in tap.signals:
+                signal.sums = Accumulator()
+
     @property
     def heard(self) -> bool:
         """Whether any of the modules ran while the hooks were on."""
@@ -161,7 +169,7 @@ class Recording:
         return result
 
     def _count(
-        self, tap: Tap, joint: Joint, z: Tensor, written: Tensor | None = None, ups: Sequence[Tensor] = ()
+        self, tap: Tap, joint: Joint, z: Tensor, written: Tensor | None = None, ups: Sequence[PlacedUp] = ()
     ) -> None:
         """Add tokens to the sums, and the running task's update of the same tokens to `written`."""
         left = iter(ups)
@@ -171,9 +179,9 @@ class Recording:
                 signal.sums.update(part)
             if written is not None:
                 for site, own, _ in signal.updates:
-                    add_product(written[..., site.start : site.stop], part[:, own], next(left), tap.strength)
+                    add_product(written[..., site.start : site.stop], part[:, own], next(left))
 
-    def _add(self, tap: Tap, layer: Layer, where: Place, x: Tensor, result: Tensor, ups: Sequence[Tensor]) -> None:
+    def _add(self, tap: Tap, layer: Layer, where: Place, x: Tensor, result: Tensor, ups: Sequence[PlacedUp]) -> None:
         """Add the running task's update, which not all of the counted rows are needed for."""
         if not ups:
             return
@@ -181,8 +189,8 @@ class Recording:
         for piece, written in layer.pieces(x, result, rows.rank, where[1]):
             z, start = layer.project(piece, rows), 0
             for (site, _, _), up in zip(tap.updates, ups, strict=True):
-                columns = slice(start, start + up.shape[1])
-                add_product(written[..., site.start : site.stop], z[:, columns], up, tap.strength)
+                columns = slice(start, start + up.matrix.shape[1])
+                add_product(written[..., site.start : site.stop], z[:, columns], up)
                 start = columns.stop
 
     def _hear(self, tap: Tap, layer: Layer, where: Place, x: Tensor, chosen: Tensor | None) -> Heard | None:

@@ -13,14 +13,14 @@ from torch import Tensor
 from .accumulator import zeros
 from .correction import Correction
 from .errors import StatisticsError
-from .layer import Layer, Placed, add_product
+from .layer import Layer, Placed, PlacedUp, add_product
 from .low_rank_update import LowRankUpdate
 from .recording import Recording
 from .site import Site
 from .subspace import Subspace
 from .tap import Place, Tap
 
-Merged = list[tuple[Site, Placed, Tensor]]  # down and up of each update, where the layer computes
+Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
 
 FEW = 16  # tokens of a layer that may see the same under any LoRA
 TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
@@ -86,6 +86,10 @@ class Refinement(Recording):
         super().close()
         self._placed.clear()
         self._waiting.clear()
+
+    def clear(self) -> None:
+        super().clear()
+        self._targets.clear()
 
     def corrections(self) -> Iterator[tuple[Site, Correction]]:
         """What this run adds, for each site that is routed.
@@ -163,6 +167,6 @@ class Refinement(Recording):
         if known is None:
             sites = (site for signal in tap.signals for site in signal.sites)
             updates = ((site, self._updates[site]) for site in sites if site in self._updates)
-            known = [(site, layer.place(update.down, where), update.up.to(*where)) for site, update in updates]
+            known = [(site, layer.place(update.down, where), PlacedUp.of(update.up, where)) for site, update in updates]
             self._placed[tap.module, where] = known
         return known

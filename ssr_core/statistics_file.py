@@ -47,7 +47,11 @@ def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[
         {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
         for lora in calibration.loras
     ]
-    return tensors, {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
+    return _apart(tensors), {
+        "ssr.format": "statistics 1",
+        "ssr.sites": json.dumps(sites),
+        "ssr.loras": json.dumps(loras),
+    }
 
 
 def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
@@ -119,6 +123,17 @@ def _with_contexts(joined: Mapping[Site, Subspace], tensors: Mapping[str, Tensor
             )
         found[site] = space if context is None else space.with_context(context)
     return found
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own, as safetensors wants it: sites that see the same share their sums."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _context_rows(calibration: Calibration) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import SaveError
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
+LONGEST_KEY = 1000  # characters; those of real models have some dozens
 STALE = 24 * 3600  # seconds after which a temporary file was left behind by a process that was killed
 
 
@@ -44,7 +45,9 @@ def owned(tensors: Mapping[str, Tensor], name: str, error: type[Exception]) -> d
     is cut, the process would be killed. `error` names the file by `name`, and the key.
     """
     for key, value in tensors.items():
-        _check(value, f"{name}: {key[:200]!r}", error)
+        if len(key) > LONGEST_KEY:  # what is looked up in it by its parts would take for ever
+            raise error(f"{name}: the key {key[:40]!r}... has {len(key)} characters; the file is damaged.")
+        _check(value, f"{name}: {key!r}", error)
     return {key: value.clone() for key, value in tensors.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accumulator import Accumulator
 from .errors import ModelMismatchError
-from .layer import Layer, Placed
+from .layer import Layer, Placed, PlacedUp
 from .site import Site
 from .sketch import Sketch
 from .subspace import Subspace
@@ -86,7 +86,7 @@ class Tap:
     def __post_init__(self) -> None:
         self._own: Joint | None = None
         self._rows: dict[Place, Placed] = {}
-        self._ups: dict[Place, list[Tensor]] = {}
+        self._ups: dict[Place, list[PlacedUp]] = {}
 
     @property
     def own(self) -> Joint:
@@ -103,10 +103,10 @@ class Tap:
         """Of all signals, the running task's: rows of the output, rows of z, up (out, r)."""
         return [update for signal in self.signals for update in signal.updates]
 
-    def ups(self, where: Place) -> list[Tensor]:
+    def ups(self, where: Place) -> list[PlacedUp]:
         """The `up` of each of the updates, where the layer computes."""
         if where not in self._ups:
-            self._ups[where] = [up.to(*where) for _, _, up in self.updates]
+            self._ups[where] = [PlacedUp.of(up, where, self.strength) for _, _, up in self.updates]
         return self._ups[where]
 
     def rows(self, layer: Layer, where: Place) -> Placed:

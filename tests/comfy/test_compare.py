@@ -201,3 +201,12 @@ def test_a_name_is_broken_where_it_has_a_dash_or_an_underscore(pack):
 def test_headings_and_labels_are_drawn(pack):
     heading, label = ink_outside_the_pictures(drawn(["a cat", "SSR merge"], ["a prompt of some length"]))
     assert heading > 20 and label > 20
+
+
+def test_the_demos_picture_is_drawn_by_the_same_grid(pack, tmp_path):
+    from demo import picture
+
+    Image.new("RGB", (60, 90), (250, 10, 10)).save(tmp_path / "red.png")
+    paths = {(row, column): tmp_path / "red.png" for row in range(2) for column in range(3)}
+    sheet = picture.grid(paths, ["one", "two"], ["a", "b", "c"], 0)
+    assert sheet.tobytes() == drawn(["a", "b", "c"], ["one", "two"], cell=192).tobytes()

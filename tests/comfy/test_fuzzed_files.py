@@ -62,3 +62,12 @@ def test_a_lora_does_not_change_when_its_file_is_overwritten_later(pack_module, 
         same.write(content)
     (update,) = loaded.model.updates.values()
     assert update.up.all() and update.down.all()
+
+
+def test_a_control_lora_without_its_other_half_is_refused_by_name(pack_module, tiny_flux, tmp_path):
+    """ComfyUI knows it by two of its keys and then expects a third."""
+    patches, sockets = (pack_module(f"nodes.{name}") for name in ("patches", "sockets"))
+    keys = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+    save_file({key: torch.ones(4, 4) for key in keys}, tmp_path / "control.safetensors")
+    with pytest.raises(pack_module("ssr_core").LoraError, match=r"control has no 'img_in\.lora_B\.weight'.*incomplete"):
+        patches.read_tasks([sockets.Task("control", tmp_path / "control.safetensors", 1.0, [])], tiny_flux())

@@ -296,6 +296,25 @@ def test_statistics_read_back_bit_for_bit(tmp_path):
         assert read.statistics[site].fingerprint == statistics.fingerprint
 
 
+def test_statistics_of_sites_that_share_their_sums_are_saved_and_read_back(tmp_path):
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 12)}).double()
+    loras = [
+        Lora(name, {Site("qkv", at, at + 4, 12): random_update(4, 8, 2, seed) for at in (0, 4, 8)})
+        for seed, name in enumerate(("cat", "dog"))
+    ]
+    collector = StatisticsCollector(loras)
+    for task in range(2):
+        with torch.no_grad(), collector.watching(model, task):
+            model["qkv"](random(20, 8, seed=task))
+    calibration = collector.calibration()
+    first, second, _ = (s.grams.packed[0] for s in calibration.statistics.values())
+    assert first.data_ptr() == second.data_ptr()
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    read = load_statistics(tmp_path / "stats.safetensors", loras)
+    for site, statistics in calibration.statistics.items():
+        assert torch.equal(read.statistics[site].gram, statistics.gram)
+
+
 def test_statistics_read_back_merge_and_add_like_those_saved(tmp_path):
     calibration = measured()
     save_statistics(calibration, tmp_path / "stats.safetensors")

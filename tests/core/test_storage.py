@@ -136,3 +136,9 @@ def test_the_same_content_is_the_same_file_to_the_byte(tmp_path):
     with safe_open(tmp_path / "a", framework="pt") as opened:
         assert opened.metadata() == metadata
         assert torch.equal(opened.get_tensor("a.lora_B.weight"), PAIR["a.lora_B.weight"])
+
+
+def test_a_key_without_end_is_refused_before_it_is_taken_apart(tmp_path):
+    save_file({"." * 1_000_000: torch.ones(1)}, tmp_path / "cat.safetensors")
+    with pytest.raises(LoraError, match=r"cat\.safetensors: the key '\.+'\.\.\. has 1000000 characters"):
+        load_lora(tmp_path / "cat.safetensors")

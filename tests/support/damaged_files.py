@@ -230,6 +230,7 @@ def keys(rng: random.Random, sound: bytes, canary: Path) -> bytes:
     """Names that lead out of folders, end strings, or are very long."""
     tensors = safetensors.torch.load(sound)
     names = ["../../etc/passwd", "a\0b", "x" * 10_000, "", ".", "..", "/", "\n", "%s%n", "__class__", "\U0001f600", "."]
+    names += ["." * 900_000, "a.b" * 300, ".hada_" * 150]
     names += ["diffusion_model.__init__.__globals__", "lora_unet_", "diffusion_model.", "text_encoders.a", "lora_te_x"]
     key = rng.choice(list(tensors))
     value, ending = tensors.pop(key), rng.choice([".lora_A.weight", ".alpha", ".diff", ".set_weight", ""])
@@ -241,6 +242,20 @@ def halves(rng: random.Random, sound: bytes, canary: Path) -> bytes:
     for key in rng.sample(sorted(tensors), rng.randint(1, len(tensors) - 1)):
         del tensors[key]
     return safetensors.torch.save(tensors)
+
+
+def dialects(rng: random.Random, sound: bytes, canary: Path) -> bytes:
+    """Keys by which ComfyUI knows a trainer's spelling, without those that it then expects."""
+    uso = ("single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2")
+    marks = rng.choice(
+        [
+            ["img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"],
+            ["lora_unet__blocks_0_cross_attn_k.lora_down.weight"],
+            [f"{name}.up.weight" for name in uso],
+        ]
+    )
+    made = {mark: torch.ones(rng.choice([(4,), (4, 4), ()])) for mark in marks}
+    return safetensors.torch.save(safetensors.torch.load(sound) | made)
 
 
 def inflated_adapter(rng: random.Random, sound: bytes, canary: Path) -> bytes:
@@ -287,6 +302,7 @@ LORAS = BYTES | {
     "alphas": alphas,
     "keys": keys,
     "halves": halves,
+    "dialects": dialects,
     "inflated adapter": inflated_adapter,
 }
 
