@@ -1,5 +1,8 @@
 """Distributed: two processes that collect on half of the prompts each have what one has that collects on all."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +71,12 @@ def process(rank: int, folder: str, alike: bool) -> None:
                 collected([rank], among=sum_calibrations)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def no_other_folder_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its tests have run, ComfyUI is on sys.path, and its tests/ hides this one from a spawned process."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "main.py").is_file()])
 
 
 def run(folder, alike: bool = True) -> None:
