@@ -100,8 +100,8 @@ class SSRCollectStats(io.ComfyNode):
                     min=0,
                     max=2**20,
                     optional=True,
-                    tooltip="At most so many tokens of each layer and step are counted, chosen at random. More than a "
-                    "few thousand change nothing but the time; 0 counts all.",
+                    tooltip="At most so many tokens of each layer and step are counted, chosen at random. More change "
+                    "little but the time; with one prompt and few steps, 4096 may. 0 counts all.",
                     **ADVANCED,
                 ),
                 io.Clip.Input(

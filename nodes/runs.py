@@ -11,7 +11,7 @@ from .sockets import Task
 
 SURVEY_STEPS = 4
 REFINE = 1
-TOKENS = 4096  # of each layer and step: all of an image of 1024 x 1024 pixels
+TOKENS = 1024  # of each layer and step: over a calibration, a hundred for each direction that is measured
 REFINE_STEPS = 3  # with fewer, a correction fits the few noise levels seen and is off at the others
 LAST = 10000  # a step that no schedule has
 
