@@ -4,7 +4,8 @@
     COMFYUI_PATH=... python benchmarks/speed/collect.py [--paper SSR-Merge] [--device cuda --dtype bfloat16]
 
 Four ways to run the same blocks on the same tokens: the plain model; the model with one LoRA added to the
-weights, as ComfyUI's loader leaves them; this package's recording, in which that LoRA is active and the statistics of all LoRAs are summed; the paper's
+weights, as ComfyUI's loader leaves them; this package's recording, in which that LoRA is active and the statistics of
+all LoRAs are summed; the paper's
 collector (`--paper`, a checkout of github.com/nagara214/SSR-Merge), with the LoRA patched in, as its runner does it.
 Each repetition runs all four, in turn; the table has medians of seconds and of the ratios to the plain model.
 """
