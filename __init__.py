@@ -3,4 +3,6 @@
 if __package__:  # ComfyUI imports this folder as a package; a lone import, as test collectors do, has no nodes to offer
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./web"  # help pages; there is no script
+
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

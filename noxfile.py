@@ -1,4 +1,4 @@
-"""One-command set-ups: `uvx nox -s demo`, `tests` and `fidelity`, on a fresh machine and without a GPU.
+"""One-command set-ups: `uvx nox -s demo`, `tests`, `fidelity` and `trust`, on a fresh machine and without a GPU.
 
 The sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
 COMFYUI_PATH makes them use an existing ComfyUI folder instead of fetching one; its requirements are then installed
@@ -77,6 +77,15 @@ def fidelity(session: nox.Session) -> None:
     for script, arguments, count in (("train", ["--width", width], threads()), ("run", session.posargs, "1")):
         command = (python, f"benchmarks/fidelity/{script}.py", *arguments)
         session.run(*command, env={**env, "OMP_NUM_THREADS": count}, external=True)
+
+
+@nox.session(python=False)
+def trust(session: nox.Session) -> None:
+    """The trust benchmarks: hostile files, faults while running, hundreds of rounds. About 20 minutes."""
+    python, comfyui = set_up(session)
+    env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    for script in ("fuzz", "faults", "repeat", "soak"):
+        session.run(python, f"benchmarks/trust/{script}.py", env=env, external=True)
 
 
 @nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)

@@ -274,6 +274,10 @@ class ComfyServer:
         """Unloads all models and empties the cache of node results, before the next workflow runs."""
         self._request("/free", {"unload_models": True, "free_memory": True})
 
+    def clear_history(self) -> None:
+        """Forgets all finished workflows, which the server otherwise keeps in memory."""
+        self._request("/history", {"clear": True})
+
     def _request(self, path: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> Any:
         request = urllib.request.Request(
             f"http://{self.address}{path}",

@@ -1,22 +1,36 @@
 """The nodes of this pack. Each is a file; what they share are the values in `sockets`.
 
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
+
+SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
+SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
 """
 
 from comfy_api.latest import ComfyExtension, io
 
 from .add_lora import SSRAddLoRA
 from .add_lora_stack import SSRAddLoRAStack
+from .add_stats import SSRAddStats
 from .apply import SSRApply
 from .collect_stats import SSRCollectStats
+from .compare import SSRCompare
+from .load_stats import SSRLoadStats
 from .prompts import SSRPrompts
+from .quick_merge import SSRQuickMerge
+from .report import SSRReport
 from .save_lora import SSRSaveLoRA
+from .save_stats import SSRSaveStats
 from .solve import SSRSolve
 
 
 class SSRMergeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRCollectStats, SSRSolve, SSRApply, SSRSaveLoRA]
+        return [
+            *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRCollectStats),
+            *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
+            *(SSRSolve, SSRApply, SSRSaveLoRA, SSRCompare),
+            SSRQuickMerge,
+        ]
 
 
 async def comfy_entrypoint() -> SSRMergeExtension:

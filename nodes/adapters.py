@@ -19,6 +19,10 @@ from torch import Tensor
 
 from ..ssr_core import Expansion, LoraError, LowRankUpdate, ModelMismatchError, hadamard, kronecker, nearest
 
+# what a part that is missing, misshapen or empty makes the arithmetic of adapters raise
+_DAMAGE = (AttributeError, TypeError, IndexError, RuntimeError, UnboundLocalError, ArithmeticError)
+LARGEST = 2**31  # values of the largest weight there may be, where it is not known: embeddings have 2**30
+
 Rows = Callable[[Tensor], Tensor]  # a permutation of output rows, such as swapped scale and shift
 
 
@@ -59,16 +63,79 @@ def low_rank(patch: Any, target: Target, rank: int) -> Expansion:
         LoraError: damaged, or of a kind that cannot be merged.
         ModelMismatchError: of another size than the weight.
     """
+    check_size(patch, target)
     if not isinstance(patch, tuple) and not needs_base(patch):
         try:
             found = _factors(patch, rank, target)
-        except (AttributeError, TypeError, IndexError, RuntimeError) as error:  # a part that is missing or misshapen
+        except _DAMAGE as error:
             raise LoraError(f"{target.where}: its {kind(patch)} is incomplete or damaged ({error}).") from error
         if found is not None:
             up = found.update.up if target.rows is None else target.rows(found.update.up)
-            return Expansion(LowRankUpdate(found.update.down.cpu(), up.cpu()), found.kept)
-    found = nearest(dense(patch, target), rank)
-    return Expansion(LowRankUpdate(found.update.down.cpu(), found.update.up.cpu()), found.kept)
+            return _expansion(LowRankUpdate(found.update.down, up), found.kept, target.where)
+    try:
+        found = nearest(dense(patch, target), rank)
+    except torch.linalg.LinAlgError as error:
+        raise LoraError(f"{target.where} has values too large to compute with; the file is damaged.") from error
+    return _expansion(found.update, found.kept, target.where)
+
+
+def _expansion(update: LowRankUpdate, kept: float, where: str) -> Expansion:
+    """On the CPU, and finite."""
+    return Expansion(LowRankUpdate(_finite(update.down, where).cpu(), _finite(update.up, where).cpu()), kept)
+
+
+def check_size(patch: Any, target: Target) -> None:
+    """Raise before anything is computed that would be larger than the weight: small factors can stand for terabytes.
+
+    Raises:
+        ModelMismatchError: of another size than the weight, or, where that is not known, than any weight.
+    """
+    if isinstance(patch, tuple):
+        return
+    try:
+        out, inputs = _size(patch)
+    except (AttributeError, TypeError, IndexError):
+        return  # a part is missing, which is said where it is needed
+    wanted = (target.shape[0], torch.Size(target.shape[1:]).numel()) if target.shape else ()
+    fits = out * inputs <= LARGEST if not wanted else (out, inputs) == wanted
+    if isinstance(patch, adapters.GLoRAAdapter):  # in two orders of factors; here only what is too large
+        fits = not wanted or max(out, inputs) <= max(wanted)
+    if not fits:
+        raise ModelMismatchError(
+            f"{target.where}: its {kind(patch)} is of {out} outputs and {inputs} inputs, but this model's layer "
+            f"{f'has {wanted[0]} and {wanted[1]}' if wanted else 'cannot be that large'}; "
+            "it was trained for another variant of the base."
+        )
+
+
+def _size(adapter: Any) -> tuple[int, int]:
+    """Rows and columns of the update, kernels flattened, from the shapes of its factors. OFT's fit or raise."""
+    if isinstance(adapter, adapters.LoRAAdapter):
+        up, down, _, mid = adapter.weights[:4]
+        return up.shape[0], _width(down) * (1 if mid is None else _kernel(mid))
+    if isinstance(adapter, adapters.LoHaAdapter):
+        up, down, _, _, _, tucker = adapter.weights[:6]
+        return (up.shape[0], _width(down)) if tucker is None else (up.shape[1], _width(down) * _kernel(tucker))
+    if isinstance(adapter, adapters.LoKrAdapter):
+        left, right, _, left_up, left_down, right_up, right_down, tucker = adapter.weights[:8]
+        a, b = (left_up.shape[0], _width(left_down)) if left is None else (left.shape[0], _width(left))
+        if right is not None:
+            return a * right.shape[0], b * _width(right)
+        if tucker is None:
+            return a * right_up.shape[0], b * _width(right_down)
+        return a * right_up.shape[1], b * _width(right_down) * _kernel(tucker)
+    if isinstance(adapter, adapters.GLoRAAdapter):
+        sides = [side for factor in adapter.weights[:4] for side in (factor.shape[0], _width(factor))]
+        return max(sides), max(sides)
+    raise TypeError
+
+
+def _width(factor: Tensor) -> int:
+    return factor[0].numel()
+
+
+def _kernel(tucker: Tensor) -> int:
+    return torch.Size(tucker.shape[2:]).numel()
 
 
 def dense(patch: Any, target: Target) -> Tensor:
@@ -90,7 +157,7 @@ def dense(patch: Any, target: Target) -> Tensor:
     with _errors() as errors:
         try:
             changed = comfy.lora.calculate_weight([(strength, patch, 1.0, None, rows)], weight.clone(), where)
-        except (AttributeError, TypeError, IndexError, RuntimeError, UnboundLocalError) as error:
+        except _DAMAGE as error:
             raise LoraError(f"{where}: its {kind(patch)} is incomplete or damaged ({error}).") from error
     if errors:
         raise ModelMismatchError(
@@ -113,7 +180,7 @@ def _factors(adapter: Any, rank: int, target: Target) -> Expansion | None:
         if tucker1 is not None or tucker2 is not None:
             return None
         found = hadamard((up1, down1), (up2, down2), rank)
-        return _checked(found, 1.0 if alpha is None else alpha / down1.shape[0], where)
+        return _scaled(found, 1.0 if alpha is None else alpha / down1.shape[0])
     left, right, alpha, left_up, left_down, right_up, right_down, tucker, _ = weights
     if tucker is not None and right is None:
         right = torch.einsum("ijkl,jr,ip->prkl", tucker.float(), right_down.float(), right_up.float())
@@ -121,17 +188,15 @@ def _factors(adapter: Any, rank: int, target: Target) -> Expansion | None:
     left = left_up.float() @ left_down.float() if left is None else left
     right = right_up.float() @ right_down.float() if right is None else right
     found = kronecker(left, right, rank)
-    return _checked(found, 1.0 if alpha is None or inner is None else alpha / inner.shape[0], where)
+    return _scaled(found, 1.0 if alpha is None or inner is None else alpha / inner.shape[0])
 
 
-def _checked(found: Expansion, scale: float, where: str) -> Expansion:
-    update = found.update.scaled(scale)
-    _finite(update.up, where)
-    return Expansion(update, found.kept)
+def _scaled(found: Expansion, scale: float) -> Expansion:
+    return Expansion(found.update.scaled(scale), found.kept)
 
 
 def _finite(values: Tensor, where: str) -> Tensor:
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(values.float()).all():
         raise LoraError(f"{where} contains NaN or infinite values; the file is damaged or its training diverged.")
     return values
 

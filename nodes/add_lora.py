@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
+from .file_state import state_of
 from .sockets import CATEGORY, LoraModelSocket, SSRTasks, Task, schema
 
 NONE = "(use the lora input)"
@@ -39,8 +40,10 @@ class SSRAddLoRA(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "calibration",
+                    optional=True,
                     tooltip="Prompts that show what this LoRA is for, with its trigger words: from SSR Prompts, or "
-                    "joined with Conditioning (Combine). Each is sampled by itself, and a few merge better than one.",
+                    "joined with Conditioning (Combine). Each is sampled by itself, and a few merge better than one. "
+                    "Only for statistics from SSR Load Stats are none needed.",
                 ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before this one."),
                 LoraModelSocket.Input(
@@ -58,29 +61,23 @@ class SSRAddLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
-        path = folder_paths.get_full_path("loras", lora_name)
-        if path is None:
-            return lora_name
-        stat = Path(path).stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"  # a file replaced under the same name is another LoRA
+        return state_of(folder_paths.get_full_path("loras", lora_name), lora_name)
 
     @classmethod
     def execute(
         cls,
         lora_name: str,
         strength: float,
-        calibration: list[Any],
+        calibration: list[Any] | None = None,
         tasks: tuple[Task, ...] = (),
         lora: Any = None,
         images: Any = None,
     ) -> io.NodeOutput:
         before = tuple(tasks or ())
-        if not calibration:
-            raise LoraError(f"SSR Add LoRA: {lora_name} has no calibration prompt; connect SSR Prompts.")
         if lora is not None:
             name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
-            return io.NodeOutput((*before, Task(name, lora, strength, calibration, images)))
+            return io.NodeOutput((*before, Task(name, lora, strength, list(calibration or ()), images)))
         if lora_name == NONE:
             raise LoraError("SSR Add LoRA: choose a LoRA file, or connect the lora input.")
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return io.NodeOutput((*before, Task(path.stem, path, strength, calibration, images)))
+        return io.NodeOutput((*before, Task(path.stem, path, strength, list(calibration or ()), images)))

@@ -8,7 +8,17 @@ from typing import Any
 
 import comfy.model_management
 
-from ..ssr_core import Calibration, LowRankUpdate, Recording, Site, StatisticsCollector, StatisticsError, merge
+from ..ssr_core import (
+    Calibration,
+    LowRankUpdate,
+    Recording,
+    Requirement,
+    Site,
+    StatisticsCollector,
+    StatisticsError,
+    merge,
+)
+from .room import check_host, itemsize
 from .runs import Kind, Run
 from .sampling import OnStep, begin, sample
 from .sockets import LoadedLora
@@ -22,17 +32,26 @@ def calibrate(
     context: int,
     on_step: OnStep,
     on_run: Callable[[int], None],
+    on_need: Callable[[Requirement], None] = lambda need: None,
     before: Any = None,
+    earlier: Calibration | None = None,
 ) -> tuple[Calibration, tuple[str, ...]]:
     """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
 
     Args:
         on_step: called after each sampling step with the predicted clean latent.
         on_run: called with the number of each run before it starts.
+        on_need: called first, with the memory that all of it will take.
         before: the model that samples the steps before the first that is looked at.
+        earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
+            refinement looks at is made from both.
     """
+    collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
+    refine = any(run.kind is Kind.REFINE for run in runs)
+    need = collector.requirement(context, refine, itemsize(patcher))
+    on_need(need)
+    check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
-    collector = StatisticsCollector([one.lora for one in loaded])
     silent: set[str] = set()
     updates: Mapping[Site, LowRankUpdate] = {}
     for number, run in enumerate(runs):
@@ -40,9 +59,11 @@ def calibrate(
         if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
             collector.see(context)
         if run.kind is Kind.REFINE and run.index == 0:
-            updates = merge(collector.calibration(), on_site=_interruptible).updates
+            known = collector.calibration()
+            updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
-            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begun.get(run.index, ()))
+            begins = begun.get(run.index, ())
+            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begins, need.device)
             if not recording.heard and loaded[run.index].model.updates:
                 raise StatisticsError(
                     f"{run.task.name}: the model ran, but none of the layers this LoRA changes did. "

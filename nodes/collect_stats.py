@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
 
-from ..ssr_core import Calibration, LoraError, SSRError
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
-from .calibrate import calibrate
-from .patches import read_tasks
-from .provenance import describe
-from .runs import LAST, REFINE, TOKENS, Sampling, plan
+from .collecting import collect
+from .runs import LAST, REFINE, TOKENS, Sampling
 from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, say, schema
-from .text_encoder import calibrate_text
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -155,6 +146,12 @@ class SSRCollectStats(io.ComfyNode):
                     tooltip="Samples the steps before start_at_step: Wan 2.2's high-noise expert, with its own merge "
                     "on it. Without it the model itself does.",
                 ),
+                SSRStats.Input(
+                    "like",
+                    optional=True,
+                    tooltip="Earlier statistics of the same LoRAs. The new ones are then measured in the same "
+                    "directions of each layer, so that SSR Add Stats can add both. Use other prompts or another seed.",
+                ),
             ],
             outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
             hidden=[io.Hidden.unique_id],
@@ -180,66 +177,15 @@ class SSRCollectStats(io.ComfyNode):
         start_at_step: int = 0,
         end_at_step: int = LAST,
         model_before: Any = None,
+        like: Stats | None = None,
     ) -> io.NodeOutput:
-        started = time.perf_counter()
-        if not tasks:
-            raise LoraError("SSR Collect Stats: there is no LoRA to merge; add some with SSR Add LoRA.")
         sampling = Sampling(
             *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
         )
-        _check(sampling, model_before)
-        loras = read_tasks(tasks, model, clip, expand_rank)
-        if not any(lora.model.updates for lora in loras):
-            raise LoraError(
-                f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
-                "least one must. Load them with Load LoRA instead."
+        return io.NodeOutput(
+            collect(
+                *(model, tasks, latent, sampling, lambda text: say(cls, text)),
+                *(context, refine, clip, expand_rank, model_before),
+                like=like,
             )
-        encoded, text = calibrate_text(clip, loras, sampling.negative)
-        runs = plan(encoded, sampling, context, refine)
-        calibration, silent = calibrate(
-            *(model, loras, runs, latent, context),
-            on_step=_progress(model, sum(run.steps + run.unseen for run in runs)),
-            on_run=lambda number: say(
-                cls, f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"
-            ),
-            before=model_before,
         )
-        say(cls, _summary(calibration, tasks, time.perf_counter() - started))
-        provenance = describe(model, loras, sampling, context, refine)
-        return io.NodeOutput(Stats(tuple(loras), calibration, text, clip is not None, silent, provenance))
-
-
-def _check(sampling: Sampling, before: Any) -> None:
-    """Raise SSRError for what cannot be meant, before any LoRA is read."""
-    if sampling.cfg > 1 and not sampling.negative:
-        raise SSRError("SSR Collect Stats: cfg needs a negative prompt; connect one, or set cfg to 1.")
-    if sampling.seen < 1:
-        raise SSRError(
-            f"SSR Collect Stats: there is no step from start_at_step {sampling.start} to end_at_step {sampling.stop} "
-            f"among {sampling.steps} steps."
-        )
-    if before is not None and not sampling.start:
-        raise SSRError(
-            "SSR Collect Stats: model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
-            "start_at_step to where it hands over."
-        )
-
-
-def _progress(model: Any, total: int) -> Callable[[torch.Tensor], None]:
-    """One bar over all LoRAs, prompts and steps, with ComfyUI's own preview."""
-    bar = comfy.utils.ProgressBar(total)
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def on_step(x0: torch.Tensor) -> None:
-        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
-        bar.update_absolute(min(bar.current + 1, total), total, preview)
-
-    return on_step
-
-
-def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:
-    prompts = sum(len(task.conditioning) for task in tasks)
-    return (
-        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites. "
-        f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
-    )

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ..ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Site
 from ..ssr_core.expansion import RANK
-from ..ssr_core.files import find_pairs, sha256
+from ..ssr_core.files import find_pairs
 from ..ssr_core.site import sum_by_site
 from . import adapters
 from .account import LEFT_OUT, Account, Expanded, Fate, fates_of
 from .keys import ADAPTER, TEXT_ENCODER, owner
+from .lora_file import read
 from .network import NamesOnly, Network
 from .sockets import LoadedLora, Part, Patch, Task
 
@@ -48,10 +46,9 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
 
 
 def _read_task(task: Task, network: Network, connected: Network | None, rank: int) -> LoadedLora:
-    tensors, source = _read(task)
+    tensors, source = read(task)
     if not tensors:
         raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
-    tensors = comfy.lora_convert.convert_lora(tensors)
     encoder = connected or _names_only(tensors, network)
     known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
@@ -196,21 +193,6 @@ class _Reader:
             whole = whole + self.patches[place.key][1][0]
         self.patches[place.key] = ("diff", (whole,))
         return Fate.SUMMED
-
-
-def _read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a task's LoRA and what is worth remembering about where they come from."""
-    if not isinstance(task.lora, Path):
-        return dict(task.lora), {"file": task.name}
-    try:
-        tensors, metadata = comfy.utils.load_torch_file(str(task.lora), safe_load=True, return_metadata=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise LoraError(f"{task.lora.name} cannot be read ({error}); download or save it again.") from error
-    kept = {key: value for key, value in (metadata or {}).items() if key in _KEPT_METADATA}
-    return tensors, {"file": task.lora.name, "sha256": sha256(task.lora), **kept}
-
-
-_KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.trigger_phrase", "modelspec.title")
 
 
 def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:

@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ssr_core import SSRError
+from .prompt import encode_lines
 from .sockets import CATEGORY, schema
-from .text_encoder import encode
 
 
 class SSRPrompts(io.ComfyNode):
@@ -34,9 +33,4 @@ class SSRPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, text: str) -> io.NodeOutput:
-        if clip is None:
-            raise SSRError("SSR Prompts: this checkpoint brings no text encoder; load one with Load CLIP.")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise SSRError("SSR Prompts: there is no prompt; write one per line.")
-        return io.NodeOutput([entry for line in lines for entry in encode(clip, line)])
+        return io.NodeOutput(encode_lines(clip, text.splitlines(), "SSR Prompts"))

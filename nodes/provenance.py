@@ -15,7 +15,7 @@ from typing import Any
 import comfy.model_base
 
 from ..ssr_core import MergeSettings, Report
-from .runs import Sampling
+from .collection import Collection
 from .sockets import LoadedLora
 
 _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux may be dev or schnell, SD3 of any size
@@ -24,26 +24,21 @@ _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux ma
 )
 
 
-def describe(model: Any, loras: Sequence[LoadedLora], sampling: Sampling, context: int, refine: int) -> dict[str, str]:
-    """What is known once the statistics are collected."""
+def describe(model: Any, loras: Sequence[LoadedLora], collections: Sequence[Collection]) -> dict[str, str]:
+    """What is known once the statistics are collected. The prompts are not told."""
     sources = [
         {
             **lora.source,
             "strength": lora.task.strength,
             "strength_clip": lora.task.text_strength,
-            "prompts": len(lora.task.conditioning),
         }
         for lora in loras
     ]
-    choices = {name: value for name, value in vars(sampling).items() if name != "negative"}
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
         "ssr.sources": json.dumps(sources),
-        "ssr.calibration": json.dumps(
-            {**choices, "context": context, "refine": refine, "model": type(model.model).__name__}
-        ),
     }
     if architecture := _architecture(model.model, sources):
         metadata["modelspec.architecture"] = architecture
@@ -51,7 +46,22 @@ def describe(model: Any, loras: Sequence[LoadedLora], sampling: Sampling, contex
         metadata["ss_base_model_version"] = base
     if triggers := [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]:
         metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
-    return metadata
+    return with_collections(metadata, collections)
+
+
+def with_collections(provenance: Mapping[str, str], collections: Sequence[Collection]) -> dict[str, str]:
+    """How it was measured: once, or several times."""
+    sources = json.loads(provenance["ssr.sources"])
+    for task, source in enumerate(sources):
+        source["prompts"] = sum(collection.counts[task] for collection in collections)
+    calibration = [
+        {**one.sampling, "context": one.context, "refine": one.refine, "model": one.model} for one in collections
+    ]
+    return {
+        **provenance,
+        "ssr.sources": json.dumps(sources),
+        "ssr.calibration": json.dumps(calibration[0] if len(calibration) == 1 else calibration),
+    }
 
 
 def with_settings(provenance: Mapping[str, str], settings: MergeSettings, report: Report) -> dict[str, str]:

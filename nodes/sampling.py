@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 
 from ..ssr_core import Recording, Refinement
+from .room import make_room
 from .runs import Run, Sampling
 
 OnStep = Callable[[torch.Tensor], None]
@@ -25,7 +26,7 @@ def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, befor
         before: the model that samples these steps; None = `patcher`.
     """
     model = before or patcher
-    samples, sigmas = _fitting(patcher, latent), _sigmas(model, run.sampling)[: run.sampling.start + 1]
+    samples, sigmas = fitting(patcher, latent), _sigmas(model, run.sampling)[: run.sampling.start + 1]
     sampler = comfy.samplers.sampler_object(run.sampling.sampler)
     begun = []
     for index, prompt in enumerate(run.prompts):
@@ -43,16 +44,18 @@ def sample(
     latent: dict[str, Any],
     on_step: OnStep,
     begun: Sequence[torch.Tensor] = (),
+    need: int = 0,
 ) -> None:
     """Sample each prompt of `run` once, with its LoRA active and the recording on.
 
     Args:
         latent: LATENT, empty; not used where the task has images of its own.
         begun: what `begin` gave, if sampling starts later than at the first step.
+        need: bytes that the recording will take where the model computes.
     """
     given = run.task.latent
     latent = latent if given is None else dict(given)
-    samples = _fitting(patcher, latent)
+    samples = fitting(patcher, latent)
     sampler = comfy.samplers.sampler_object(run.sampling.sampler) if given is None else Revisit()
     sigmas = _sigmas(patcher, run.sampling)
     end = len(sigmas) if run.sampling.stop >= run.sampling.steps else run.sampling.stop + 1
@@ -61,7 +64,9 @@ def sample(
         start = samples
         if begun:
             start, noise = begun[index], torch.zeros_like(noise)  # what is left of the noise is in the latent
-        guider = _conditioned(RecordingGuider(patcher, recording), prompt, run)
+        room = make_room(need, patcher.load_device) if index == 0 else None
+        guider = _conditioned(RecordingGuider(patcher, recording, room), prompt, run)
+        room = None
         options = _options(run, index, latent, on_step)
         guider.sample(noise, start, sampler, sigmas[run.sampling.start : end], **options)
 
@@ -98,9 +103,11 @@ class RecordingGuider(comfy.samplers.CFGGuider):
     sampling, so no weight is moved or patched on account of a calibration, and nothing needs to be undone after it.
     """
 
-    def __init__(self, patcher: Any, recording: Recording) -> None:
+    def __init__(self, patcher: Any, recording: Recording, room: torch.Tensor | None = None) -> None:
+        """`room`: what the recording needs on the device, kept free while the model is loaded."""
         super().__init__(patcher)
         self.recording = recording
+        self.room = room
 
     def predict_noise(self, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.recording.at(float(f"{timestep.flatten()[0]:.4g}"))
@@ -114,6 +121,7 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         return denoised
 
     def inner_sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.room = None
         self.recording.attach(self.inner_model)
         try:
             with _uncompiled():
@@ -145,7 +153,7 @@ class Revisit(comfy.samplers.Sampler):
         return latent_image
 
 
-def _fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
+def fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
     """The latent with the channels and size that this model wants."""
     ratios = {k: latent[k] for k in ("downscale_ratio_spacial", "downscale_ratio_temporal") if k in latent}
     return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"], **ratios)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
-from ..ssr_core.files import write_safetensors
+from ..ssr_core.storage import write_safetensors
+from .save_path import next_path
 from .sockets import CATEGORY, LoraModelSocket, schema
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,12 +48,7 @@ class SSRSaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
-        # not part of a path on every system that a shared workflow may reach
-        prefix = re.sub(r'[<>:"|?*]', "_", filename_prefix).strip() or "merged"
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            f"loras/{prefix}", folder_paths.get_output_directory()
-        )
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        path = next_path("loras", filename_prefix, "merged")
         metadata = {} if args.disable_metadata else _metadata(lora, path)
         write_safetensors(_converted(lora, _DTYPES[dtype]), path, metadata)
         listed = path.relative_to(Path(folder_paths.get_output_directory()) / "loras").as_posix()

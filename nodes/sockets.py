@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ssr_core import Calibration, Lora
 from ..ssr_core.site import Updates
 from .account import Account
+from .collection import Collection
 
 CATEGORY = "SSR Merge"
 
@@ -80,6 +81,11 @@ class LoadedLora:
     text: Part
     account: Account
 
+    def sharing(self, model: Lora, text: Lora | None) -> LoadedLora:
+        """The same with its factors where statistics keep them, so that nothing is in memory twice."""
+        of_text = self.text if text is None else replace(self.text, updates=text.updates)
+        return replace(self, model=replace(self.model, updates=model.updates), text=of_text)
+
     @cached_property
     def lora(self) -> Lora:
         return Lora(self.task.name, self.model.updates, self.task.strength, self.source)
@@ -99,6 +105,12 @@ class Stats:
     with_clip: bool  # whether the text encoder was there, so that the names in `loras` are its own
     silent: tuple[str, ...]  # modules that a LoRA changes and that never ran
     provenance: Mapping[str, str]  # metadata for the file that is saved in the end
+    collections: tuple[Collection, ...]  # how it was measured: once, unless statistics were added
+
+    @property
+    def model(self) -> str:
+        """ComfyUI's class of the model it was measured on."""
+        return self.collections[0].model
 
 
 class LoraModel(dict[str, Tensor]):

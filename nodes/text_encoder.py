@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
 import comfy.lora
 import comfy.model_management
-from torch import Tensor
 
 from ..ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, SSRError, StatisticsCollector, merge
 from ..ssr_core.site import sum_by_site
 from .network import GENERIC
+from .prompt import PROMPT
 from .sockets import LoadedLora, Part, Task
 
 T = TypeVar("T")
@@ -22,29 +22,15 @@ CONTEXT = 32  # context rows of a text encoder's layer: a prompt has few tokens
 # Of the penalty for what was seldom seen. It was chosen for models that see one prompt at a few noise levels of many;
 # a text encoder knows no noise, and a prompt shows it dozens of tokens.
 SCARCITY = 0.01
-PROMPT = "ssr_prompt"  # where SSR Prompts leaves the text, among the options of an entry of CONDITIONING
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """The text that an entry of CONDITIONING was made of."""
-
-    text: str
-    encoded: Tensor  # the entry's own tensor: a node in between that makes another has changed the meaning
-
-
-def encode(clip: Any, text: str) -> list[Any]:
-    """CONDITIONING that remembers its text."""
-    entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[cond, {**options, PROMPT: Prompt(text, cond)}] for cond, options in entries]
 
 
 def calibrate_text(
-    clip: Any, loras: Sequence[LoadedLora], negative: Sequence[Any] = ()
+    clip: Any, loras: Sequence[LoadedLora], negative: Sequence[Any] = (), like: Calibration | None = None
 ) -> tuple[list[Task], Calibration | None]:
     """Encode the prompts of each task again, its LoRA active on the text encoder, and measure there.
 
-    So is `negative`, CONDITIONING for all tasks, where its text is known.
+    So is `negative`, CONDITIONING for all tasks, where its text is known. With statistics that these shall be `like`,
+    they are measured in the same subspaces.
 
     Returns the tasks with these encodings, which is what the model will see, and the statistics of the text encoder;
     None if no LoRA changes it.
@@ -59,9 +45,11 @@ def calibrate_text(
         _check_texts(task)
     if not any(lora.text.updates for lora in loras):
         return [_encoded(clip, lora, negative) for lora in loras], None
-    collector = StatisticsCollector([lora.text_lora for lora in loras])
+    text_loras = [lora.text_lora for lora in loras]
+    earlier = None if like is None else own_names(like).ordered_as(text_loras)
+    collector = StatisticsCollector(text_loras, None if earlier is None else earlier.subspaces)
     encoded: list[Task] = []
-    for survey in (CONTEXT, 0):  # first for the context rows, then to measure with them
+    for survey in (0,) if earlier else (CONTEXT, 0):  # first for the context rows, then to measure with them
         encoded = []
         for index, lora in enumerate(loras):
             with collector.recording(index, survey) as recording:
@@ -69,22 +57,34 @@ def calibrate_text(
                 encoded.append(_encoded(clip, lora, negative))
         if survey:
             collector.see(survey)
-    return encoded, _spelt_out(collector.calibration())
+    return encoded, spelt_out(collector.calibration())
 
 
-def _spelt_out(calibration: Calibration) -> Calibration:
-    """With sites named as in files, which is how people know them."""
+def spelt_out(calibration: Calibration) -> Calibration:
+    """Of a text encoder, with sites named as in files, which is how people know them."""
+    return _renamed(calibration, lambda module: GENERIC + module)
 
-    def named(values: Mapping[Site, T]) -> dict[Site, T]:
-        return {replace(site, module=GENERIC + site.module): value for site, value in values.items()}
 
-    return replace(calibration, subspaces=named(calibration.subspaces), statistics=named(calibration.statistics))
+def own_names(calibration: Calibration) -> Calibration:
+    """`spelt_out` undone: sites named as the text encoder names its modules."""
+    return _renamed(calibration, lambda module: module.removeprefix(GENERIC))
+
+
+def _renamed(calibration: Calibration, name: Callable[[str], str]) -> Calibration:
+    def renamed(values: Mapping[Site, T]) -> dict[Site, T]:
+        return {replace(site, module=name(site.module)): value for site, value in values.items()}
+
+    return replace(calibration, subspaces=renamed(calibration.subspaces), statistics=renamed(calibration.statistics))
 
 
 def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
     """The merge of the text encoder's parts from what was measured."""
-    ridge = replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity)
-    return merge(calibration, replace(settings, ridge=ridge))
+    return merge(calibration, text_settings(settings))
+
+
+def text_settings(settings: MergeSettings) -> MergeSettings:
+    """Settings for the model, as they are good for the text encoder."""
+    return replace(settings, ridge=replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity))
 
 
 def with_common_names(parts: Sequence[Part]) -> list[Part]:
@@ -132,11 +132,13 @@ def _encoded(clip: Any, lora: LoadedLora, negative: Sequence[Any]) -> Task:
     if lora.text.patches:
         clip = clip.clone()
         clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
-    positive, other = ([_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative))
+    positive, other = (
+        [encode_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative)
+    )
     return replace(lora.task, conditioning=positive, negative=other)
 
 
-def _anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
+def encode_anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
     """An entry of CONDITIONING encoded again, if its text is known and its tensor is still what the text gave.
 
     Whatever other nodes did to it is kept: to its options as well as, then unread, to its tensor.

@@ -18,28 +18,34 @@ R = rank + context rows, which belong to no task. A `Correction` holds further s
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
 """
 
+from .accumulator import Accumulator
+from .advice import advise
 from .calibration import Calibration
 from .collect import StatisticsCollector
+from .conflict import Conflict, SiteConflict, find_conflict
 from .correction import Correction
 from .diagnostics import Report, Residual, SiteReport, residuals
-from .errors import LoraError, ModelMismatchError, SolveError, SSRError, StatisticsError
+from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .expansion import Expansion, hadamard, kronecker, nearest
-from .files import load_lora, load_statistics, read_pairs, save_lora, save_statistics, to_state_dict
+from .files import load_lora, read_pairs, save_lora, to_state_dict
 from .lora import Lora
 from .low_rank_update import LowRankUpdate, concatenate
 from .merge import Merge, MergeSettings, merge
 from .rank import truncate
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import Requirement
 from .router import Ridge, normal_equations, route, solve_router
 from .selection import Rule, check_rules, parse_rules, treatment_of
 from .site import Site, align_rows, join_rows
+from .statistics_file import load_statistics, save_statistics
 from .subspace import Subspace, join_loras
-from .sufficient_statistics import Accumulator, SufficientStatistics
+from .sufficient_statistics import SufficientStatistics
 
 __all__ = [
     "Accumulator",
     "Calibration",
+    "Conflict",
     "Correction",
     "Expansion",
     "Lora",
@@ -51,20 +57,25 @@ __all__ = [
     "Recording",
     "Refinement",
     "Report",
+    "Requirement",
     "Residual",
     "Ridge",
     "Rule",
     "SSRError",
+    "SaveError",
     "Site",
+    "SiteConflict",
     "SiteReport",
     "SolveError",
     "StatisticsCollector",
     "StatisticsError",
     "Subspace",
     "SufficientStatistics",
+    "advise",
     "align_rows",
     "check_rules",
     "concatenate",
+    "find_conflict",
     "hadamard",
     "join_loras",
     "join_rows",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from .correction import Correction
 from .errors import StatisticsError
-from .lora import Lora
+from .lora import Lora, find_order
 from .site import Site
 from .subspace import Subspace
 from .sufficient_statistics import SufficientStatistics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,40 @@ class Calibration:
             corrections[site] = self.corrections[site] + other.corrections[site]
         return Calibration(self.loras, self.subspaces, sums, corrections)
 
+    def ordered_as(self, loras: Sequence[Lora]) -> Calibration:
+        """The same with its LoRAs in the order of these, which bring their own strengths.
+
+        Raises:
+            StatisticsError: these are other LoRAs; says which.
+        """
+        try:
+            order = find_order(self.names, [lora.fingerprint for lora in self.loras], loras)
+        except StatisticsError as error:
+            raise StatisticsError(f"These statistics were {error}") from None
+        return self.reordered(order, loras)
+
+    def reordered(self, order: Sequence[int], loras: Sequence[Lora] | None = None) -> Calibration:
+        """The LoRAs in another order: the new k-th is the old order[k], or the k-th of `loras`, which is the same."""
+        loras = tuple(loras or (self.loras[task] for task in order))
+        if tuple(order) == tuple(range(len(self.loras))):
+            return replace(self, loras=loras)
+        spaces = {site: space.reordered(order) for site, space in self.subspaces.items()}
+        statistics, corrections = {}, {}
+        for site, seen in self.statistics.items():
+            rows = self.subspaces[site].rows_reordered(order)
+            statistics[site] = SufficientStatistics(
+                seen.grams.chosen(order, rows),
+                *(_picked(seen.tokens, order), spaces[site].fingerprint),
+                *(_picked(seen.samples, order), _picked(seen.levels, order)),
+            )
+            if (correction := self.corrections.get(site)) is not None:
+                corrections[site] = Correction(
+                    correction.grams.chosen(order, rows),
+                    tuple(t[:, rows] if t.numel() else t for t in _picked(correction.targets, order)),
+                    *(spaces[site].fingerprint, _picked(correction.strengths, order)),
+                )
+        return Calibration(loras, spaces, statistics, corrections)
+
     def without(self, task: int) -> Calibration:
         """As if LoRA `task` had never been there; the others need no new calibration.
 
@@ -74,3 +111,7 @@ def check_task(task: int, loras: Sequence[Lora]) -> None:
     """Raise StatisticsError unless `task` is the number of a LoRA."""
     if not 0 <= task < len(loras):
         raise StatisticsError(f"There is no task {task}; tasks are numbered from 0 to {len(loras) - 1}.")
+
+
+def _picked(values: Sequence[T], order: Sequence[int]) -> tuple[T, ...]:
+    return tuple(values[task] for task in order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from .correction import Correction
 from .errors import LoraError, StatisticsError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
+from .parallel import each
 from .recording import Recording
 from .refinement import Refinement
+from .requirement import LARGE, Requirement
 from .site import Site
 from .sketch import principal_rows
 from .subspace import Subspace, join_loras
@@ -44,8 +47,10 @@ class StatisticsCollector:
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
+        self._surveys = 0  # how many there were
         self._surveyed = 0  # context rows that the surveys looked for
-        self._surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
 
     @contextmanager
     def watching(self, model: nn.Module, task: int) -> Iterator[Recording]:
@@ -95,8 +100,9 @@ class StatisticsCollector:
         try:
             yield refinement
         finally:
-            refinement.detach()
+            refinement.close()
         found = dict(refinement.corrections())
+        refinement.clear()
         self._corrections.update(
             {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
         )
@@ -109,39 +115,73 @@ class StatisticsCollector:
         counted at most, chosen at random; 0 = all.
         """
         check_task(task, self.loras)
-        recording = Recording(self.subspaces, task, self.loras[task].strength, survey, tokens)
+        strength = self.loras[task].strength
+        recording = Recording(self.subspaces, task, strength, survey, tokens, self.shared, self._dtype)
         try:
             yield recording
         finally:
-            recording.detach()
+            recording.close()
         self._surveyed = max(self._surveyed, survey)
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
-            self._surveys[module] = self._surveys.get(module, torch.zeros_like(sketched)) + sketched
+            known = self.surveys.get(module)
+            self.surveys[module] = sketched.float() if known is None else known + sketched.float()
+        if survey:
+            followers = recording.followers
+            again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
+            self.shared = again if self._surveys else followers
+            self._surveys += 1
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
+        recording.clear()
 
     def see(self, rows: int = CONTEXT) -> None:
         """Give every subspace the context rows that the surveys found, or the first `rows` of them."""
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
         rows = min(rows, self._surveyed)
-        found = {module: principal_rows(sketched, rows) for module, sketched in self._surveys.items()}
-        self.subspaces = {
-            site: space.with_context(found[site.module]) if space.is_routed and site.module in found else space
-            for site, space in self.subspaces.items()
-        }
+        of_leader: dict[str, list[Site]] = {}
+        for site, space in self.subspaces.items():
+            if space.is_routed:
+                of_leader.setdefault(self.shared.get(site.module, site.module), []).append(site)
+        seen = [module for module in of_leader if module in self.surveys]
+        # a survey is large, and goes as soon as its rows are found
+        found = each(lambda module: principal_rows(self.surveys.pop(module).double(), rows), seen)
+        for module, directions in zip(seen, found, strict=True):
+            for site in of_leader[module]:
+                self.subspaces[site] = self.subspaces[site].with_context(directions)
+        self.surveys.clear()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What statistics are kept in: where they grow large, rounding to float32 is the smaller evil."""
+        sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
+        exact = sum(4 * len(self.loras) * size * (size + 1) for size in sizes) < LARGE
+        return torch.float64 if exact else torch.float32
+
+    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
+        """The memory that collecting will take, see Requirement.of."""
+        return Requirement.of(self.subspaces, context, refine, itemsize)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""
         renamed = self._renamed
         return Calibration(
-            self.loras,
+            tuple(self._views(task) for task in range(len(self.loras))),
             {renamed(site): space for site, space in self.subspaces.items()},
             {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
             {renamed(site): correction for site, correction in self._corrections.items()},
         )
+
+    def _views(self, task: int) -> Lora:
+        """The LoRA with its factors where the joint subspaces keep them, so that nothing is in memory twice."""
+        lora = self.loras[task]
+        updates = {}
+        for site, update in lora.updates.items():
+            space = self.subspaces.get(site)  # None where another LoRA cuts the site into slices
+            updates[site] = space.task(task) if space is not None and space.ranks[task] == update.rank else update
+        return replace(lora, updates=updates)
 
     def _renamed(self, site: Site) -> Site:
         return Site(self._names.get(site.module, site.module), site.start, site.stop, site.out_features)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import StatisticsError
+from .grams import Grams
 from .subspace import Subspace
 
 
@@ -24,10 +25,21 @@ class Correction:
     write t = (W + up_k down_k) x - W x' where it sees z' = down x'.
     """
 
-    gram: Tensor  # (K, R, R) float64, sum of z' z'^T
-    target: Tensor  # (K, out, R) float32, sum of t z'^T
+    grams: Grams  # (K, R, R), sum of z' z'^T
+    targets: tuple[Tensor, ...]  # (K,) each (out, R) float32, sum of t z'^T; (0, 0) for a task that was not run
     fingerprint: str  # of the subspace they were measured in
     strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
+
+    @property
+    def gram(self) -> Tensor:
+        """(K, R, R) float64, unpacked at every call."""
+        return self.grams.dense()
+
+    @property
+    def target(self) -> Tensor:
+        """(K, out, R) float32, with zeros where a task was not run."""
+        shape = max((found.shape for found in self.targets), key=torch.Size.numel)
+        return torch.stack([found if found.numel() else torch.zeros(shape) for found in self.targets])
 
     def __add__(self, other: Correction) -> Correction:
         """The pairs of both runs together."""
@@ -35,11 +47,16 @@ class Correction:
             raise StatisticsError(
                 "These corrections were measured with other LoRAs or strengths and cannot be added; collect them again."
             )
-        return Correction(self.gram + other.gram, self.target + other.target, self.fingerprint, self.strengths)
+        targets = tuple(_sum(a, b) for a, b in zip(self.targets, other.targets, strict=True))
+        return Correction(self.grams + other.grams, targets, self.fingerprint, self.strengths)
 
     def check(self, subspace: Subspace, site: object) -> None:
         """Raise StatisticsError unless this was measured in `subspace` and is finite."""
         if self.fingerprint != subspace.fingerprint:
             raise StatisticsError(f"{site}: the correction was measured with other LoRAs; collect it again.")
-        if not (torch.isfinite(self.gram).all() and torch.isfinite(self.target).all()):
+        if not (self.grams.is_finite() and all(bool(torch.isfinite(found).all()) for found in self.targets)):
             raise StatisticsError(f"{site}: activations of the merged model were NaN or infinite while correcting.")
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    return one + other if one.numel() and other.numel() else one if one.numel() else other

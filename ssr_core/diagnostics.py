@@ -45,7 +45,7 @@ def residuals(
     plain = torch.eye(*router.shape, dtype=torch.float64)
     plain[scaled.rank :] = 0
     found = []
-    for base, gram, block in zip(effects(statistics, scaled), statistics.gram, scaled.blocks, strict=True):
+    for base, gram, block in zip(effects(statistics, scaled), statistics.grams, scaled.blocks, strict=True):
         alone = torch.zeros_like(plain)
         alone[block] = plain[block]
         stack = plain[: scaled.rank] - alone[: scaled.rank]
@@ -57,7 +57,7 @@ def effects(statistics: SufficientStatistics, scaled: Subspace) -> list[float]:
     """(K,) the whole effect of each LoRA: the sum over its own tokens of |up_k z_k|^2."""
     return [
         float((scaled.energy[block, block] * gram[block, block]).sum())
-        for gram, block in zip(statistics.gram, scaled.blocks, strict=True)
+        for gram, block in zip(statistics.grams, scaled.blocks, strict=True)
     ]
 
 

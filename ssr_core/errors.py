@@ -19,3 +19,7 @@ class StatisticsError(SSRError):
 
 class SolveError(SSRError):
     """The normal equations of a site have no usable solution."""
+
+
+class SaveError(SSRError, OSError):
+    """A file cannot be written."""

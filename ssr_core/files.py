@@ -1,28 +1,21 @@
-"""Files: LoRAs and statistics as safetensors, read with checks and written whole or not at all."""
+"""Files: LoRAs as safetensors, read with checks and written whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .calibration import Calibration
-from .correction import Correction
-from .errors import LoraError, StatisticsError
+from .errors import LoraError
 from .lora import Lora
 from .low_rank_update import LowRankUpdate
-from .site import Site, Updates, canonical, join_rows, sum_by_site
-from .subspace import join_loras
-from .sufficient_statistics import SufficientStatistics
+from .peft_config import read_peft_config
+from .site import Site, Updates, join_rows, sum_by_site
+from .storage import read_safetensors, sha256, write_safetensors
 
 _HALVES = (  # down, up: kohya, PEFT, diffusers
     (".lora_down.weight", ".lora_up.weight"),
@@ -42,7 +35,7 @@ def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
     """
     file = Path(path)
     tensors, metadata = read_safetensors(file, LoraError)
-    pairs, rest = read_pairs(tensors, file.name)
+    pairs, rest = read_pairs({**_kept_alphas(file, tensors, metadata), **tensors}, file.name)
     if rest:
         raise LoraError(
             f"{file.name} holds tensors that are not plain LoRA, such as {rest[0]!r} ({len(rest)} in all); "
@@ -54,6 +47,15 @@ def load_lora(path: str | os.PathLike[str], strength: float = 1.0) -> Lora:
     updates = sum_by_site((Site.whole(_strip(key), update.out_features), update) for key, update in pairs.items())
     source = {"file": file.name, "sha256": sha256(file), **({"metadata": json.dumps(metadata)} if metadata else {})}
     return Lora(file.stem, updates, strength, source)
+
+
+def _kept_alphas(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Alphas that are not among the tensors but in what PEFT or diffusers wrote beside them."""
+    alphas = {}
+    for prefix, (down, _) in find_pairs(tensors, file.name).items():
+        if config := read_peft_config(file, metadata, prefix.removeprefix("base_model.model.")):
+            alphas[f"{prefix}.alpha"] = torch.tensor(config.alpha_of(prefix, tensors[down].shape[0]))
+    return alphas
 
 
 def read_pairs(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, LowRankUpdate], list[str]]:
@@ -128,121 +130,6 @@ def save_lora(
 ) -> None:
     """Write a merged LoRA. The file appears whole or not at all."""
     write_safetensors(to_state_dict(updates, prefix, dtype), path, metadata or {})
-
-
-def save_statistics(calibration: Calibration, path: str | os.PathLike[str]) -> None:
-    """Write what was measured, without the LoRAs themselves: float64, the upper triangles only."""
-    tensors, sites = _context_rows(calibration), []
-    for index, (site, statistics) in enumerate(calibration.statistics.items()):
-        rows, columns = torch.triu_indices(*statistics.gram.shape[1:]).unbind()
-        tensors[f"gram/{index}"] = statistics.gram[:, rows, columns].contiguous()
-        where = [site.module, site.start, site.stop, site.out_features]
-        counts: dict[str, tuple[float, ...]] = {"tokens": statistics.tokens, "samples": statistics.samples}
-        levels = [sorted(levels) for levels in statistics.levels]
-        if correction := calibration.corrections.get(site):
-            tensors[f"correction.gram/{index}"] = correction.gram.contiguous()
-            tensors[f"correction.target/{index}"] = correction.target.contiguous()
-            counts["strengths"] = correction.strengths
-        sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
-    loras = [{"name": lora.name, "strength": lora.strength, **lora.source} for lora in calibration.loras]
-    header = {"ssr.format": "statistics 1", "ssr.sites": json.dumps(sites), "ssr.loras": json.dumps(loras)}
-    write_safetensors(tensors, path, header)
-
-
-def load_statistics(path: str | os.PathLike[str], loras: Sequence[Lora]) -> Calibration:
-    """Read what was measured with these LoRAs, given in the same order.
-
-    Raises:
-        StatisticsError: missing, damaged or no statistics file; measured with other LoRAs.
-    """
-    file = Path(path)
-    tensors, metadata = read_safetensors(file, StatisticsError)
-    if metadata.get("ssr.format") != "statistics 1":
-        raise StatisticsError(f"{file.name} is no statistics file of this package; collect and save them again.")
-    try:
-        entries = json.loads(metadata["ssr.sites"])
-        read = {Site(*e["site"]): _unpack(tensors[f"gram/{i}"], e) for i, e in enumerate(entries)}
-        corrections = {Site(*e["site"]): _correction(tensors, i, e) for i, e in enumerate(entries) if "strengths" in e}
-        names = [lora["name"] for lora in json.loads(metadata["ssr.loras"])]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StatisticsError(f"{file.name} is damaged ({error!r}); collect and save the statistics again.") from error
-    modules = {canonical(site.module): site.module for site in read}
-    loras = [lora.renamed({m: modules.get(canonical(m), m) for m in lora.modules}) for lora in loras]
-    joined = join_loras(loras)
-    other = StatisticsError(f"{file.name} was measured with other LoRAs ({', '.join(names)}); collect them again.")
-    if read.keys() != {site for site, space in joined.items() if space.is_routed}:
-        raise other
-    subspaces = {}
-    for site, space in joined.items():
-        context = tensors.get(f"context/{site.module}") if space.is_routed else None
-        if context is not None and (context.ndim != 2 or context.shape[1] != space.down.shape[1]):
-            raise other
-        subspaces[site] = space if context is None else space.with_context(context)
-    for site, statistics in read.items():
-        statistics.check(subspaces[site], f"{file.name}: {site}")
-    for site, correction in corrections.items():
-        correction.check(subspaces[site], f"{file.name}: {site}")
-    return Calibration(tuple(loras), subspaces, read, corrections)
-
-
-def _context_rows(calibration: Calibration) -> dict[str, Tensor]:
-    """The context rows of each module, (context, in); its sites share them."""
-    rows = {}
-    for site, space in calibration.subspaces.items():
-        if space.context:
-            rows[f"context/{site.module}"] = space.context_rows.contiguous()
-    return rows
-
-
-def _unpack(packed: Tensor, entry: Mapping[str, object]) -> SufficientStatistics:
-    size = int(((8 * packed.shape[1] + 1) ** 0.5 - 1) // 2)
-    rows, columns = torch.triu_indices(size, size).unbind()
-    gram = torch.zeros(packed.shape[0], size, size, dtype=torch.float64)
-    gram[:, rows, columns] = packed.double()
-    gram[:, columns, rows] = packed.double()
-    tokens, samples = (tuple(map(int, entry[name])) for name in ("tokens", "samples"))  # type: ignore[call-overload]
-    levels = tuple(frozenset(map(float, seen)) for seen in entry["levels"])  # type: ignore[attr-defined]
-    return SufficientStatistics(gram, tokens, str(entry["fingerprint"]), samples, levels)
-
-
-def _correction(tensors: Mapping[str, Tensor], index: int, entry: Mapping[str, Any]) -> Correction:
-    gram, target = (tensors[f"correction.{kind}/{index}"] for kind in ("gram", "target"))
-    return Correction(gram, target, str(entry["fingerprint"]), tuple(map(float, entry["strengths"])))
-
-
-def read_safetensors(file: Path, error: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file; `error` names the file and what is wrong with it."""
-    if not file.is_file():
-        raise error(f"{file} does not exist.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as cause:
-        raise error(f"{file.name} is not a whole safetensors file ({cause}); download or save it again.") from cause
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name in the same folder, then rename: readers never see half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what new files get here; save_file makes private ones
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _strip(key: str) -> str:

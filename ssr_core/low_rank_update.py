@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import LoraError
+
+KERNEL = 4096  # the most values that a kernel of a convolution has, per input and output
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +41,14 @@ class LowRankUpdate:
             LoraError: rank 0, shapes that do not multiply, or values that are not finite.
         """
         shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
-        if down.ndim < 2 or up.ndim < 2 or up.shape[0] == 0 or up.numel() != up.shape[0] * up.shape[1]:
+        if down.ndim < 2 or up.ndim < 2 or 0 in (up.shape[0], *down.shape[1:]):
             raise LoraError(f"{name}: {shapes} are not the factors of a LoRA; is the file damaged?")
         if down.shape[0] == 0:
             raise LoraError(f"{name}: its rank is 0 ({shapes}); remove this pair from the file.")
+        if up.numel() != up.shape[0] * up.shape[1]:
+            raise LoraError(f"{name}: {shapes} are not the factors of a LoRA; is the file damaged?")
+        # as ComfyUI takes whole numbers
+        down, up = (factor if factor.is_floating_point() else factor.float() for factor in (down, up))
         # ComfyUI divides by the rank of the file's `down`, also next to a Tucker core
         scale = 1.0 if alpha is None else alpha / down.shape[0]
         if mid is not None:
@@ -49,7 +56,10 @@ class LowRankUpdate:
         up = up.flatten(start_dim=1)
         if up.shape[1] != down.shape[0]:
             raise LoraError(f"{name}: {shapes} differ in rank; one half of the pair belongs to another LoRA.")
-        update = cls(down, up if scale == 1.0 else up.float() * scale)
+        # a power of two (alpha / rank mostly is one) leaves half precision exact, and the update half the size;
+        # torch does not multiply 8-bit floats
+        exact = abs(math.frexp(scale)[0]) == 0.5 and 2**-8 <= abs(scale) <= 2**8 and up.element_size() > 1
+        update = cls(down, up if scale == 1.0 else up * scale if exact else up.float() * scale)
         if not update.is_finite():
             raise LoraError(f"{name} contains NaN or infinite values; the file is damaged or its training diverged.")
         return update
@@ -118,14 +128,21 @@ def concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     if len(updates) == 1:
         return updates[0]
     in_shape = updates[0].in_shape
-    return LowRankUpdate(
-        torch.cat([u.with_in_shape(in_shape).down.float() for u in updates]),
-        torch.cat([u.up.float() for u in updates], dim=1),
-    )
+    downs = [update.with_in_shape(in_shape).down for update in updates]
+    return LowRankUpdate(_joined(downs, dim=0), _joined([update.up for update in updates], dim=1))
+
+
+def _joined(factors: Sequence[Tensor], dim: int) -> Tensor:
+    """In the precision of files where they agree on one, else in float32."""
+    (dtype, *others) = {factor.dtype for factor in factors}
+    keep = not others and dtype in (torch.bfloat16, torch.float16)
+    return torch.cat([factor if keep else factor.float() for factor in factors], dim)
 
 
 def _fold_tucker(down: Tensor, mid: Tensor, name: str) -> Tensor:
     """down'[p, i, *k] = sum_q mid[p, q, *k] down[q, i], as comfy.weight_adapter.lora rebuilds it."""
-    if mid.ndim < 3 or mid.shape[1] != down.shape[0] or down[0].numel() != down.shape[1]:
+    fits = mid.ndim >= 3 and mid.shape[1] == down.shape[0] and down[0].numel() == down.shape[1]
+    # small factors must not make a layer that no memory holds
+    if not fits or torch.Size(mid.shape[2:]).numel() > KERNEL:
         raise LoraError(f"{name}: a Tucker core {tuple(mid.shape)} does not fit its down factor {tuple(down.shape)}.")
     return torch.einsum("pq...,qi->pi...", mid.float(), down.float().flatten(1))

@@ -13,8 +13,9 @@ from torch import Tensor
 from .calibration import Calibration
 from .correction import Correction
 from .diagnostics import Report, SiteReport, effects, residuals
-from .errors import SSRError, StatisticsError
+from .errors import SolveError, SSRError, StatisticsError
 from .low_rank_update import LowRankUpdate
+from .parallel import each
 from .rank import Directions, spread_ranks
 from .router import Ridge
 from .selection import Rule, treatment_of
@@ -57,7 +58,7 @@ class MergeSettings:
             raise SSRError(f"ridge is {self.ridge}; its penalties must be finite and not negative.")
 
 
-REMEMBERED_BYTES = 2**30  # of directions that are kept between the two passes over the sites that spread ranks take
+REMEMBERED_BYTES = 2**30  # of solutions that are kept between the two passes over the sites that spread ranks take
 
 MergeSettings.PAPER = MergeSettings(ridge=Ridge.PAPER, balanced=False, corrected=False, count_absent=False)
 
@@ -83,7 +84,7 @@ def merge(
     Raises:
         SSRError: settings that cannot be meant.
         StatisticsError: statistics that do not belong to these LoRAs, or are not finite.
-        SolveError: a correlation matrix is singular.
+        SolveError: a correlation matrix is singular, or the result is too large.
     """
     settings = settings or MergeSettings()
     settings.check(len(calibration.loras))
@@ -95,7 +96,7 @@ def merge(
         for site, space in calibration.subspaces.items()
         if space.is_shared or (space.is_routed and settings.count_absent)
     }
-    weights = _weights(calibration, settings)
+    weights = task_weights(calibration, settings)
     corrections = _corrections(calibration, strengths) if settings.corrected and settings.routing else {}
 
     treatments = {site: treatment_of(site.module, settings.rules) for site in calibration.subspaces}
@@ -107,29 +108,47 @@ def merge(
         )
 
     spread = settings.spread and settings.rank >= 1
-    kept = [site for site, treatment in treatments.items() if treatment != "drop"]
-    total = len(calibration.subspaces) + len(kept) * spread
+    sites = list(calibration.subspaces)
+    kept = [site for site in sites if treatments[site] != "drop"] if spread else []
+    total = len(sites) + len(kept)
     spectra: dict[Site, tuple[float, ...]] = {}
-    known: dict[Site, Directions] = {}  # which take longest to find
-    for site in kept if spread else ():
+    known: dict[Site, tuple[Solution, Directions]] = {}
+    for site, (solution, directions) in zip(kept, each(lambda site: _with_directions(solved(site)), kept), strict=True):
         on_site(len(spectra), total)
-        directions = solved(site).directions()
         spectra[site] = directions.spectrum
-        if sum(found.vectors.nbytes for found in known.values()) < REMEMBERED_BYTES:
-            known[site] = directions
+        if sum(found.nbytes for found, _ in known.values()) < REMEMBERED_BYTES:
+            known[site] = solution, directions
     costs = {
         site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
     }
     ranks = spread_ranks(spectra, costs, int(settings.rank))
-    for done, site in enumerate(calibration.subspaces):
-        on_site(total - len(calibration.subspaces) + done, total)
+
+    def made(site: Site) -> tuple[LowRankUpdate | None, SiteReport]:
         if treatments[site] == "drop":
-            reports.append(_left_out(site, calibration.subspaces[site].scaled(strengths), measured.get(site)))
-            continue
-        update, report = solved(site).cut(ranks.get(site, settings.rank), known.pop(site, None))
+            return None, _left_out(site, calibration.subspaces[site].scaled(strengths), measured.get(site))
+        solution, directions = known.pop(site, None) or (solved(site), None)
+        return solution.cut(ranks.get(site, settings.rank), directions)
+
+    for done, (site, (update, report)) in enumerate(zip(sites, each(made, sites), strict=True)):
+        on_site(total - len(sites) + done, total)
         reports.append(report)
-        updates[site] = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+        if update is not None:
+            updates[site] = _in_float32(update, site)
     return Merge(updates, Report(calibration.names, strengths, tuple(reports)))
+
+
+def _in_float32(update: LowRankUpdate, site: Site) -> LowRankUpdate:
+    narrow = LowRankUpdate(update.down.float().contiguous(), update.up.float().contiguous())
+    if not narrow.is_finite():
+        raise SolveError(
+            f"{site}: the merged values do not fit into float32. Lower the strengths, or leave out the LoRA whose "
+            "values are that large; its file may be damaged."
+        )
+    return narrow
+
+
+def _with_directions(solution: Solution) -> tuple[Solution, Directions]:
+    return solution, solution.directions()
 
 
 def _left_out(site: Site, scaled: Subspace, statistics: SufficientStatistics | None) -> SiteReport:
@@ -140,7 +159,7 @@ def _left_out(site: Site, scaled: Subspace, statistics: SufficientStatistics | N
     return SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
 
 
-def _weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
+def task_weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
     """(K,) for each shared site: what each task's sums are multiplied with."""
     given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
     shares = _effects(calibration) if settings.balanced else {}

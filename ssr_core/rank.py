@@ -29,10 +29,18 @@ class Truncation:
         return self.left @ self.right
 
     def applied(self, down: Tensor, up: Tensor, router: Tensor | None = None) -> LowRankUpdate:
-        """The smaller update of up @ router @ down, all float64 but for `down`, which is (R, in, *kernel)."""
+        """The smaller update of up @ router @ down, in the precision of `up`, float32 at least.
+
+        Args:
+            down: (R, in, *kernel)
+            up: (out, r)
+            router: (r, R) float64; None = identity.
+        """
         left = self.left if router is None else router @ self.left
-        smaller = self.right @ down.flatten(1).double()
-        return LowRankUpdate(smaller.reshape(len(smaller), *down.shape[1:]), up @ left).balanced()
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        smaller = self.right.to(dtype) @ down.flatten(1).to(dtype)
+        larger = up.to(dtype) @ left.to(dtype)
+        return LowRankUpdate(smaller.reshape(len(smaller), *down.shape[1:]), larger).balanced()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +71,7 @@ class Directions:
         values, total = self.values, self.values.sum()
         count = _count(values, min(rank, most))
         # the scale is split evenly between the factors, which survives half precision best
-        gain = values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        gain = torch.where(values > 0, values, torch.ones_like(values))[:count].sqrt().sqrt()
         left = factor @ self.vectors[:, :count] / gain
         right = torch.linalg.solve_triangular(factor.mT, self.vectors[:, :count], upper=True).mT * gain[:, None]
         kept = float(values[:count].sum() / total) if total > 0 else 1.0

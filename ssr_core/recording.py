@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .accumulator import Accumulator
+from .choice import Choice
 from .errors import ModelMismatchError
-from .layer import Layer, compute_dtype
+from .layer import Layer, add_product, compute_dtype, fits
 from .site import Site, canonical
-from .sketch import Sketch
 from .subspace import Subspace
-from .sufficient_statistics import Accumulator, SufficientStatistics
+from .sufficient_statistics import SufficientStatistics
+from .tap import Joint, Place, Tap, taps_of
 
-Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
+SURVEYED = 1024  # tokens of each layer and forward pass that a survey looks at
+
+
+@dataclass(eq=False)
+class Heard:
+    """What was projected last, for the modules that get the same input next."""
+
+    x: Tensor
+    joint: Joint
+    z: Tensor  # (tokens, joint.rank), of those that are counted
+    whole: bool  # whether these are all
+    waiting: int  # how many modules will ask for it yet
 
 
 class Recording:
     """One run of one task: the hooks on the model and the sums behind them."""
 
     def __init__(
-        self, subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int = 0, tokens: int = 0
+        self,
+        subspaces: Mapping[Site, Subspace],
+        task: int,
+        strength: float,
+        survey: int = 0,
+        tokens: int = 0,
+        shared: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        """`tokens` of each layer and forward pass are counted at most, chosen at random; 0 = all."""
+        """`tokens` of each layer and forward pass are counted at most, chosen at random; 0 = all.
+
+        Args:
+            shared: which modules have the same input as another one, as `followers` of a survey gave them.
+            dtype: what the statistics are kept in.
+        """
         self.task = task
         self.names: dict[str, str] = {}  # how the LoRAs call a module -> how the model does
         self.levels: set[float] = set()
-        self._limit = tokens
-        self._generator = torch.Generator().manual_seed(task)
-        self._taps = _taps(subspaces, task, strength, survey)
-        self._subspaces = subspaces
+        self._subspaces, self._dtype = subspaces, dtype
+        self._choice = Choice(min(tokens or SURVEYED, SURVEYED) if survey else tokens, seed=task)
+        self._taps = taps_of(subspaces, task, strength, survey, shared)
         self._handles: list[RemovableHandle] = []
         self._attached: nn.Module | None = None
+        self._heard: Heard | None = None
+        self._last: tuple[Tensor, Tap] | None = None  # in a survey: the last new input, and whose it was
+        self._follows: dict[Tap, set[Tap | None]] = {}  # and whose input each other module had, None for its own
 
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on `model`; does nothing if they are there already."""
@@ -58,133 +84,148 @@ class Recording:
         self.levels.add(level)
 
     def detach(self) -> None:
-        """Take the hooks off; does nothing if there are none."""
+        """Take the hooks off; does nothing if there are none. What they compute with stays where it is."""
         while self._handles:
             self._handles.pop().remove()
-        self._attached = None
+        self._attached = self._heard = self._last = None
+
+    def close(self) -> None:
+        """Take the hooks off for good, and free what was put where the model computes. The sums stay."""
+        self.detach()
+        for tap in self._taps:
+            tap.release()
+
+    def clear(self) -> None:
+        """Forget the sums, which somebody else has now; what was heard is still known."""
+        for tap in self._taps:
+            tap.sketch = None
+            for signal in tap.signals:
+                signal.sums = Accumulator()
 
     @property
     def heard(self) -> bool:
         """Whether any of the modules ran while the hooks were on."""
-        return any(tap.fired for tap in self._taps)
+        return any(tap.calls for tap in self._taps)
 
     @property
     def silent(self) -> list[str]:
         """Modules that should have run and did not."""
-        return [tap.module for tap in self._taps if not tap.fired]
+        return [tap.module for tap in self._taps if not tap.calls]
+
+    @property
+    def followers(self) -> dict[str, str]:
+        """Found by a survey: modules that always had the input of another one, which ran just before."""
+        return {
+            tap.module: leader.module
+            for tap, leaders in self._follows.items()
+            if len(leaders) == 1 and (leader := next(iter(leaders))) is not None
+        }
 
     def sketches(self) -> Iterator[tuple[str, Tensor]]:
         """What a survey found, for each module that ran."""
-        return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.fired)
-
-    def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
-        """The forward hook of one module. What it computes with is put where the layer computes once, not each time."""
-        placed: dict[Place, Any] = {}
-
-        @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            where = (x.device, compute_dtype(x))
-            if where not in placed:
-                placed[where] = self._placed(tap, layer, where)
-            tap.fired = True
-            with torch.autocast(x.device.type, enabled=False):
-                return self._respond(tap, layer, placed[where], x, output)
-
-        return hook
-
-    def _placed(self, tap: Tap, layer: Layer, where: Place) -> Any:
-        """What `_respond` needs of the tap: `down` and the running task's `up` of each signal."""
-        return [
-            (signal, layer.place(signal.down, where), [up.to(*where) for _, _, up in signal.updates])
-            for signal in tap.signals
-        ]
-
-    def _respond(self, tap: Tap, layer: Layer, placed: Any, x: Tensor, output: Tensor) -> Tensor:
-        """Project, count, and add the running task's update to a copy of the output."""
-        for signal in tap.signals:
-            signal.sums.samples += layer.samples(x)
-        result = output.clone(memory_format=torch.contiguous_format)
-        positions, rank = layer.positions(output), max(len(signal.down) for signal in tap.signals)
-        for piece, written in layer.chunks(x, result, rank):
-            piece = piece.to(compute_dtype(x))
-            if tap.sketch is not None:
-                tap.sketch.update(layer.features(piece))
-            for signal, down, ups in placed:
-                z = layer.project(piece, down)
-                if signal.counted:
-                    chosen = self._choose(len(z), positions)
-                    signal.sums.update(z if chosen is None else z[chosen.to(z.device)])
-                for (site, own, _), up in zip(signal.updates, ups, strict=True):
-                    rows = written[..., site.start : site.stop]
-                    rows += (z[:, own] @ up.mT).reshape(rows.shape)
-        return result
-
-    def _choose(self, tokens: int, of: int) -> Tensor | None:
-        """Which tokens of a piece of `tokens` out of `of` are counted, each as likely as any other; None for all."""
-        if not self._limit or of <= self._limit:
-            return None
-        return torch.randperm(tokens, generator=self._generator)[: max(1, round(self._limit * tokens / of))]
+        return ((tap.module, tap.sketch.mean()) for tap in self._taps if tap.sketch is not None and tap.calls)
 
     def statistics(self) -> Iterator[tuple[Site, SufficientStatistics]]:
         """What this run adds, for each site that is routed."""
         levels = frozenset(self.levels)
         for tap in self._taps:
-            for signal in tap.signals:
-                for site in signal.sites:
-                    if signal.counted:
-                        yield site, signal.sums.compute(self.task, self._subspaces[site], levels)
+            for signal in (signal for signal in tap.signals if signal.counted):
+                found = signal.sums.compute(self.task, signal.space, levels, self._dtype)
+                yield from ((site, found) for site in signal.sites)
 
+    def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            with torch.autocast(x.device.type, enabled=False):
+                result = self._respond(tap, layer, (x.device, compute_dtype(x)), x, output)
+            tap.calls += 1
+            return result
 
-@dataclass(eq=False)
-class Signal:
-    """One joint `down` of a module and the sites that share it: slices of a fused LoRA need one projection."""
+        return hook
 
-    down: Tensor  # (R, in, *kernel)
-    counted: bool
-    sites: list[Site]
-    updates: list[tuple[Site, slice, Tensor]]  # rows of the output, rows of z, up (out, r) of the running task
-    sums: Accumulator = field(default_factory=Accumulator)
+    def _respond(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor) -> Tensor:
+        """Project, count, and add the running task's update to the output."""
+        for signal in tap.signals:
+            signal.sums.samples += layer.samples(x)
+        chosen = self._choice.of(layer.positions(output), x.device, tap.calls + tap.number)
+        if tap.sketch is not None:
+            self._survey(tap, layer, x, chosen)
+        result, ups = layer.writable(x, output), tap.ups(where)
+        heard = self._hear(tap, layer, where, x, chosen)
+        if heard is not None and heard.whole:
+            self._count(tap, heard.joint, heard.z, result.view(-1, result.shape[-1]), ups)
+            return result
+        if tap.counted and heard is None and chosen is None:
+            down = tap.own.placed(layer, where)
+            for piece, written in layer.pieces(x, result, down.rank, where[1]):
+                self._count(tap, tap.own, layer.project(piece, down), written, ups)
+            return result
+        if heard is not None:
+            self._count(tap, heard.joint, heard.z)
+        elif tap.counted and chosen is not None:
+            self._count(tap, tap.own, layer.project_some(x, tap.own.placed(layer, where), chosen, where[1]))
+        self._add(tap, layer, where, x, result, ups)
+        return result
 
+    def _count(
+        self, tap: Tap, joint: Joint, z: Tensor, written: Tensor | None = None, ups: Sequence[Tensor] = ()
+    ) -> None:
+        """Add tokens to the sums, and the running task's update of the same tokens to `written`."""
+        left = iter(ups)
+        for signal in tap.signals:
+            part = joint.part(signal, z)
+            if signal.counted:
+                signal.sums.update(part)
+            if written is not None:
+                for site, own, _ in signal.updates:
+                    add_product(written[..., site.start : site.stop], part[:, own], next(left), tap.strength)
 
-@dataclass(eq=False)
-class Tap:
-    """What the hook on one module needs."""
+    def _add(self, tap: Tap, layer: Layer, where: Place, x: Tensor, result: Tensor, ups: Sequence[Tensor]) -> None:
+        """Add the running task's update, which not all of the counted rows are needed for."""
+        if not ups:
+            return
+        rows = tap.rows(layer, where)
+        for piece, written in layer.pieces(x, result, rows.rank, where[1]):
+            z, start = layer.project(piece, rows), 0
+            for (site, _, _), up in zip(tap.updates, ups, strict=True):
+                columns = slice(start, start + up.shape[1])
+                add_product(written[..., site.start : site.stop], z[:, columns], up, tap.strength)
+                start = columns.stop
 
-    module: str
-    signals: list[Signal]
-    sketch: Sketch | None = None
-    fired: bool = False
+    def _hear(self, tap: Tap, layer: Layer, where: Place, x: Tensor, chosen: Tensor | None) -> Heard | None:
+        """The joint signal of all modules with this input, computed by the first; None if there is none to share."""
+        heard, joint = self._heard, tap.shared
+        self._heard = None
+        if joint is None:
+            return None
+        if heard is None or heard.x is not x or heard.joint is not joint:
+            heard = self._projected(joint, layer, where, x, chosen)
+        else:
+            heard = replace(heard, waiting=heard.waiting - 1)
+        self._heard = heard if heard is not None and heard.waiting else None
+        return heard
 
-    def check(self, layer: Layer) -> None:
-        for signal in self.signals:
-            out, in_numel = signal.sites[0].out_features, signal.down[0].numel()
-            shape = layer.weight_shape
-            if out != shape[0] or in_numel != torch.Size(shape[1:]).numel():
-                raise ModelMismatchError(
-                    f"A LoRA writes to {layer.name} with {in_numel} inputs and {out} outputs, but this model's layer "
-                    f"has the shape {shape}. It was trained for another model."
-                )
+    def _projected(self, joint: Joint, layer: Layer, where: Place, x: Tensor, chosen: Tensor | None) -> Heard | None:
+        tokens = x.numel() // x.shape[-1] if chosen is None else len(chosen)
+        if layer.is_conv or not fits(tokens, joint.rank):
+            return None
+        placed = joint.placed(layer, where)
+        if chosen is not None:
+            z = layer.project_some(x, placed, chosen, where[1])
+        else:
+            z = torch.cat([layer.project(piece, placed) for piece in layer.inputs(x, where[1])])
+        return Heard(x, joint, z, chosen is None, joint.taps - 1)
 
-
-def _taps(subspaces: Mapping[Site, Subspace], task: int, strength: float, survey: int) -> list[Tap]:
-    taps: dict[str, Tap] = {}
-    grouped: dict[tuple[str, str], Signal] = {}
-    for site, space in subspaces.items():
-        if not (space.is_routed or space.ranks[task]):
-            continue  # neither to be measured nor active now
-        tap = taps.setdefault(site.module, Tap(site.module, []))
-        key = (site.module, space.fingerprint)
-        if key not in grouped:
-            grouped[key] = Signal(space.down, space.is_routed and not survey, [], [])
-            tap.signals.append(grouped[key])
-        grouped[key].sites.append(site)
-        if survey and space.is_routed:
-            tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]))
-        if space.ranks[task] and strength:
-            own = space.blocks[task]
-            grouped[key].updates.append((site, own, space.up[:, own].float() * strength))
-    return list(taps.values())
+    def _survey(self, tap: Tap, layer: Layer, x: Tensor, chosen: Tensor | None) -> None:
+        """Look at the inputs, and at whether they are those of the module before."""
+        assert tap.sketch is not None
+        leader = self._last[1] if self._last is not None and self._last[0] is x else None
+        self._follows.setdefault(tap, set()).add(leader)
+        if leader is None:
+            self._last = (x, tap)
+        for piece in layer.seen(x, chosen):
+            tap.sketch.update(piece)
 
 
 def _layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:

@@ -119,12 +119,14 @@ def normal_equations(
         weights: (K,) what each task's sums are multiplied with.
         correction: further tokens, for `solve_up`.
     """
-    factors = torch.tensor(weights, dtype=torch.float64)[:, None, None]
-    weighted = statistics.gram * factors
-    correlation = weighted.sum(dim=0)
+    correlation = torch.zeros(len(subspace.down), len(subspace.down), dtype=torch.float64)
+    guide = torch.zeros(subspace.rank, len(correlation), dtype=torch.float64)
+    for weight, gram, block in zip(weights, statistics.grams, subspace.blocks, strict=True):
+        correlation.add_(gram, alpha=weight)
+        guide[block] = gram[block] * weight
     if correction is not None:
-        correlation = correlation + (correction.gram * factors).sum(dim=0)
-    guide = torch.cat([gram[block] for gram, block in zip(weighted, subspace.blocks, strict=True)])
+        for weight, gram in zip(weights, correction.grams, strict=True):
+            correlation.add_(gram, alpha=weight)
     tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
     seen = [n for n in statistics.coverage if n]
     counted = sum(bool(r or (n and w)) for r, n, w in zip(subspace.ranks, statistics.tokens, weights, strict=True))
@@ -152,8 +154,9 @@ def solve_up(equations: NormalEquations, scaled: Subspace, correction: Correctio
         SolveError: the sum of both correlations with D is not positive definite.
     """
     target = scaled.up.double() @ (equations.guide + equations.prior * equations.penalties)
-    for weight, found in zip(weights, correction.target, strict=True):
-        target += weight * found.double()
+    for weight, found in zip(weights, correction.targets, strict=True):
+        if found.numel():
+            target += weight * found.double()
     return torch.cholesky_solve(target.mT, equations.factor).mT
 
 

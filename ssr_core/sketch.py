@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .accumulator import zeros
+
 OVERSAMPLING = 16
 
 
@@ -19,18 +21,23 @@ class Sketch:
     data"): keeps C Omega for a fixed random Omega, (in, rank + oversampling), never C itself.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, tests: dict[object, Tensor] | None = None) -> None:
+        """`tests`: test matrices on devices, kept for all sketches of a run."""
         self.rank = rank
         self.tokens = 0
         self._range: Tensor | None = None
-        self._test: Tensor | None = None  # on the device of the tokens, so that updating copies nothing there
+        self._tests = {} if tests is None else tests
 
     def update(self, x: Tensor) -> None:
-        """Add tokens. x: (tokens, in), floating point."""
-        if self._test is None or (self._test.device, self._test.dtype) != (x.device, x.dtype):
-            self._test = test_matrix(x.shape[1], self.rank + OVERSAMPLING).to(x.device, x.dtype)
-        product = x.mT @ (x @ self._test)
-        self._range = product if self._range is None else self._range + product
+        """Add tokens. x: (tokens, in), float32 or float64."""
+        columns = self.rank + OVERSAMPLING
+        key = (x.shape[1], columns, x.device, x.dtype)
+        if key not in self._tests:
+            self._tests[key] = test_matrix(x.shape[1], columns).to(x.device, x.dtype)
+        test = self._tests[key]
+        if self._range is None:
+            self._range = zeros(*test.shape, device=x.device, dtype=x.dtype)
+        self._range.addmm_(x.mT, x @ test)
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
@@ -56,4 +63,12 @@ def principal_rows(sketched: Tensor, rank: int) -> Tensor:
     core = test.mT @ shifted
     factor = torch.linalg.cholesky((core + core.mT) / 2)
     basis = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
-    return torch.linalg.svd(basis, full_matrices=False)[0][:, :rank].mT.float().contiguous()
+    return _left_singular(basis)[:, :rank].mT.float().contiguous()
+
+
+def _left_singular(matrix: Tensor) -> Tensor:
+    """The left singular vectors of a tall matrix, float64, by its small Gram matrix where that is accurate enough."""
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    if values[0] <= 1e-10 * values[-1]:
+        return torch.linalg.svd(matrix, full_matrices=False)[0]
+    return (matrix @ vectors / values.sqrt()).flip(1)

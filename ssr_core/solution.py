@@ -12,7 +12,7 @@ from torch import Tensor
 from .correction import Correction
 from .diagnostics import SiteReport, residuals
 from .low_rank_update import LowRankUpdate
-from .rank import Directions, isotropic_factor
+from .rank import Directions, Truncation, isotropic_factor
 from .router import NormalEquations, Ridge, normal_equations, solve_router, solve_up
 from .site import Site
 from .subspace import Subspace
@@ -26,7 +26,7 @@ class Solution:
     site: Site
     scaled: Subspace
     routing: float
-    basis: Tensor  # (out, r) float64
+    basis: Tensor  # (out, r)
     router: Tensor  # (r, R) float64
     energy: Tensor  # basis^T basis
     statistics: SufficientStatistics | None = None  # None: nothing was measured, or nothing is to be routed
@@ -37,6 +37,12 @@ class Solution:
     def factor(self) -> Tensor:
         """L, the metric that truncation measures in."""
         return self.equations.factor if self.equations else isotropic_factor(self.scaled.plain_stack())
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in memory, with its directions and beside the statistics."""
+        size, own = self.router.shape[1], self.basis.nbytes if self.has_own_basis else 0
+        return 8 * 6 * size**2 + own
 
     def directions(self) -> Directions:
         return Directions.of(self.router.mT @ self.energy @ self.router, self.factor)
@@ -51,11 +57,13 @@ class Solution:
         if wanted:
             most = min(scaled.down[0].numel(), len(self.basis))
             found = (directions or self.directions()).cut(self.factor, wanted, most)
+            if wanted >= most and len(router.mT) > most:
+                found = self._whole(found.spectrum)
             down = scaled.down[: router.shape[1]]
             update, spectrum = found.applied(down, self.basis, router), found.spectrum
             router, kept = router @ found.projection, found.energy if rank else 1.0
         elif routing:
-            update = LowRankUpdate(scaled.down, self.basis @ router)
+            update = LowRankUpdate(scaled.down, self.basis @ router.to(self.basis))
         else:
             update = scaled.plain_stack()
         seen = self.statistics
@@ -67,6 +75,16 @@ class Solution:
             *(self.site, scaled.ranks, update.rank, seen.tokens, lost, condition, kept, seen.coverage),
             *(seen.has_levels, spectrum),
         )
+
+    def _whole(self, spectrum: tuple[float, ...]) -> Truncation:
+        """All of it, at the rank that the layer has at most: it has fewer inputs or outputs than the signal has rows.
+
+        The metric does not know that: with the ridge, rows seem independent that are not, and cutting would lose some.
+        """
+        down = self.scaled.down[: self.router.shape[1]].flatten(1).double()
+        written = (self.basis.double() @ self.router).mT
+        span = torch.linalg.qr(down if down.shape[1] <= written.shape[1] else written)[0]
+        return Truncation(span, span.mT, 1.0, spectrum)
 
 
 def solve_site(
@@ -88,15 +106,16 @@ def solve_site(
     Raises:
         SolveError: the correlation matrix is singular.
     """
-    basis, plain = scaled.up.double(), torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+    basis, plain = scaled.up, torch.eye(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
     if statistics is None:
         own = torch.eye(scaled.rank, dtype=torch.float64)
         return Solution(site, scaled, routing, basis, own, scaled.energy)
     equations = normal_equations(statistics, scaled, weights, ridge, site, correction)
     router, energy, own_basis = plain, scaled.energy, False
     if routing and correction is not None:
-        basis = torch.lerp(basis @ plain, solve_up(equations, scaled, correction, weights), routing)
+        basis = torch.lerp(basis.double() @ plain, solve_up(equations, scaled, correction, weights), routing)
         router, energy, own_basis = torch.eye(len(plain.mT), dtype=torch.float64), basis.mT @ basis, True
+        basis = basis.float()
     elif routing:
         router = torch.lerp(plain, solve_router(equations), routing)
     return Solution(site, scaled, routing, basis, router, energy, statistics, equations, own_basis)

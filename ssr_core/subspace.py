@@ -39,7 +39,7 @@ class Subspace:
     def with_context(self, rows: Tensor) -> Subspace:
         """The same subspace seeing more: `rows` (context, in) become further rows of `down`.
 
-        For a convolution they look at the centre of the kernel.
+        For a convolution they look at the centre of the kernel. They are rounded to the precision of `down`.
         """
         if self.context:
             raise LoraError("This subspace has context rows already; statistics in it cannot be given others.")
@@ -47,7 +47,7 @@ class Subspace:
         wide = rows.new_zeros(*rows.shape, kernel.numel())
         wide[..., kernel.numel() // 2] = rows
         wide = wide.reshape(*rows.shape, *kernel)
-        return Subspace(torch.cat([self.down.float(), wide.float()]), self.up, self.ranks)
+        return Subspace(torch.cat([self.down, wide.to(self.down.dtype)]), self.up, self.ranks)
 
     @property
     def rank(self) -> int:
@@ -107,6 +107,17 @@ class Subspace:
             torch.cat([self.up[:, : self.blocks[task].start], self.up[:, self.blocks[task].stop :]], dim=1),
             self.ranks[:task] + self.ranks[task + 1 :],
         )
+
+    def reordered(self, order: Sequence[int]) -> Subspace:
+        """The tasks in another order: the new k-th is the old order[k]."""
+        rows = self.rows_reordered(order)
+        ranks = tuple(self.ranks[task] for task in order)
+        return Subspace(self.down[rows], self.up[:, rows[: self.rank]], ranks)
+
+    def rows_reordered(self, order: Sequence[int]) -> Tensor:
+        """Indices of the rows of `down` with the tasks in another order; context rows stay last."""
+        rows = torch.arange(self.down.shape[0])
+        return torch.cat([*(rows[self.blocks[task]] for task in order), rows[self.rank :]])
 
     def rows_without(self, task: int) -> Tensor:
         """Indices of the rows of `down` that are not task `task`'s."""

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 import comfy_runtime as runtime
+from demo.run import ASSETS, MODELS
 from demo.server import ComfyServer, prepare_base_directory
 from tiny_flux import StateDict, flux_lora, flux_state_dict
 
@@ -89,3 +90,22 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )
     with ComfyServer(comfyui, base_directory) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def demo_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with this pack, the demo's text encoder node and the demo's models."""
+    base_directory = prepare_base_directory(
+        tmp_path_factory.mktemp("comfy-demo"),
+        pack_root=runtime.ROOT,
+        models={folder: [ASSETS / name for name in names] for folder, names in MODELS.items()},
+        custom_nodes=[runtime.ROOT / "demo" / "custom_nodes" / "tiny_text_encoder"],
+    )
+    with ComfyServer(comfyui, base_directory) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(demo_server: ComfyServer) -> dict[str, Any]:
+    """What every node looks like, by the server."""
+    return demo_server.object_info()

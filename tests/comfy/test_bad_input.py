@@ -146,3 +146,12 @@ def test_too_few_tokens_without_a_ridge_is_an_error_with_a_remedy(tiny_flux):
     with pytest.raises(core.SolveError, match="Raise the ridge"):
         core.merge(stats.calibration, settings)
     assert isinstance(stats, sockets.Stats) and empty_latent()["samples"].shape[1] == 16
+
+
+def test_loras_without_a_calibration_prompt_are_named_when_it_comes_to_collecting(tiny_flux):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    bare = [
+        task(flux_lora(seed=seed), name, seeds=seeds) for seed, (name, seeds) in enumerate((("a", (1,)), ("b", ())))
+    ]
+    with pytest.raises(core.LoraError, match="b: there is no calibration prompt; connect SSR Prompts"):
+        collect(tiny_flux(), *bare, steps=1)

@@ -303,3 +303,51 @@ def test_few_prompts_are_told_as_such_and_not_as_few_steps(model, clip):
     _, report = solve(collect(model, *tasks, steps=4, clip=clip))
     assert "seen at 2 samples only" in report and "prompts or more" in report
     assert "noise level" not in report
+
+
+# --- its statistics ---
+
+
+def load_stats(stats, model, tasks, **more):
+    file = execute(node("save_stats.SSRSaveStats"), stats=stats, filename_prefix="text", keep_prompts=True)[0]
+    return execute(node("load_stats.SSRLoadStats"), file=file, model=model, tasks=tuple(tasks), **more)[0]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_saved_statistics_of_the_text_encoder_solve_to_the_same_lora(model, clip, order):
+    tasks = tasks_of(clip, with_model("kohya", "generic"))
+    stats = collect(model, *tasks, steps=1, clip=clip)
+    loaded = load_stats(stats, model, tasks[::order], clip=clip)
+    (lora, _), (again, _) = solve(stats), solve(loaded)
+    assert any(key.startswith("text_encoders.") for key in lora)
+    if order == 1:
+        assert lora.keys() == again.keys() and all(torch.equal(lora[key], again[key]) for key in lora)
+    assert relative(read(apply_to(clip, model, again)), read(apply_to(clip, model, lora))) < 1e-5
+    assert loaded.collections[0].prompts == tuple(tuple(text.splitlines()) for text in PROMPTS[::order])
+
+
+def test_saved_statistics_ask_for_the_clip_they_were_collected_with_and_ignore_one_they_were_not(model, clip):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    tasks = tasks_of(clip, with_model("kohya", "generic"))
+    with pytest.raises(core.StatisticsError, match="collected with clip connected; connect it here"):
+        load_stats(collect(model, *tasks, steps=1, clip=clip), model, tasks)
+    loaded = load_stats(collect(model, *tasks, steps=1), model, tasks, clip=clip)
+    assert loaded.text is None and not loaded.with_clip
+
+
+def test_statistics_of_the_text_encoder_add_up_where_they_were_collected_like_each_other(model, clip):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    tasks = tasks_of(clip, with_model("kohya", "generic"))
+    first = collect(model, *tasks, steps=1, clip=clip)
+    second = collect(model, *tasks[::-1], steps=1, seed=7, clip=clip, like=first)
+    both = execute(node("add_stats.SSRAddStats"), stats_a=first, stats_b=second)[0]
+    for site, statistics in both.text.statistics.items():
+        torch.testing.assert_close(statistics.gram, 2 * first.text.statistics[site].gram, rtol=1e-5, atol=1e-5)
+    with pytest.raises(core.StatisticsError, match="at like were collected with clip; connect clip here"):
+        collect(model, *tasks, steps=1, like=first)
+
+
+def test_the_report_on_conflicts_has_a_part_on_the_text_encoder(model, clip):
+    stats = collect(model, *tasks_of(clip, with_model("kohya", "kohya")), steps=1, clip=clip)
+    text = execute(node("report.SSRReport"), stats=stats)[0]
+    assert "Text encoder: 2 LoRAs in 8 sites of 2 blocks" in text

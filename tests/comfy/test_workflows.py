@@ -3,20 +3,23 @@
 import copy
 import itertools
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import comfy_runtime as runtime
-from demo.run import ASSETS, MODELS
 from demo.scenes import LORAS, ROWS
-from demo.server import ComfyServer, convert_ui_to_api, prepare_base_directory
+from demo.server import ComfyServer, convert_ui_to_api
+from demo.templates.__main__ import as_text
+from demo.templates.contents import WORKFLOWS as CONTENTS
 
 WORKFLOWS = sorted((runtime.ROOT / "workflows").glob("*.json"))
+COMPARING = [path for path in WORKFLOWS if "Compare with the plain stack" in path.read_text(encoding="utf-8")]
 NOTES = {"Note", "MarkdownNote"}  # the frontend's own, unknown to the server
-FILE_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name", "lora_name"}
+FILE_INPUTS = re.compile(r"(unet|clip|vae|ckpt|lora)_name\d?|lora_\d|file")
+FILES = re.compile(r"taef1|None|.+\.safetensors( \[output\])?")
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_HEIGHT, SLOT_HEIGHT, WIDGET_HEIGHT = 30, 20, 24  # LiteGraph's
 BYPASSED = 4
@@ -27,26 +30,14 @@ Node = dict[str, Any]
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="module")
-def demo_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running ComfyUI with this pack, the demo's text encoder node and the demo's models."""
-    base_directory = prepare_base_directory(
-        tmp_path_factory.mktemp("comfy-workflows"),
-        pack_root=runtime.ROOT,
-        models={folder: [ASSETS / name for name in names] for folder, names in MODELS.items()},
-        custom_nodes=[runtime.ROOT / "demo" / "custom_nodes" / "tiny_text_encoder"],
-    )
-    with ComfyServer(comfyui, base_directory) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def object_info(demo_server: ComfyServer) -> dict[str, Any]:
-    return demo_server.object_info()
-
-
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
 def workflow(request: pytest.FixtureRequest) -> Workflow:
+    return read(request.param)
+
+
+@pytest.fixture(params=COMPARING, ids=lambda path: path.stem)
+def comparison(request: pytest.FixtureRequest) -> Workflow:
+    """A workflow that draws the same pictures with the merge and with the plain stack."""
     return read(request.param)
 
 
@@ -129,10 +120,15 @@ def contains(outer: tuple[float, ...], inner: tuple[float, ...]) -> bool:
 # --- what is in the files ---
 
 
-def test_the_pack_has_a_workflow_for_the_demo_and_for_three_model_families():
-    assert {path.stem for path in WORKFLOWS} == {
-        *("tiny-demo", "two-characters-flux", "style-and-character-sdxl", "three-loras-zimage"),
-    }
+def test_there_is_a_file_and_a_small_picture_for_every_workflow_that_is_defined():
+    assert {path.stem for path in WORKFLOWS} == set(CONTENTS)
+    for path in WORKFLOWS:
+        assert 5_000 < path.with_suffix(".jpg").stat().st_size < 60_000, path.stem
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_file_is_what_its_definition_gives_with_the_nodes_as_they_are(path, object_info):
+    assert path.read_text(encoding="utf-8") == as_text(path.stem, object_info), "run `python -m demo.templates`"
 
 
 def test_every_node_of_a_workflow_exists_on_the_server(workflow, object_info):
@@ -186,7 +182,8 @@ def test_every_node_has_one_value_for_each_of_its_widgets(workflow, object_info)
 
 def test_no_seed_changes_between_two_runs(workflow, object_info):
     seeded = [node for node in real_nodes(workflow) if "control_after_generate" in widgets(node, object_info)]
-    assert of_type(workflow, "SSRCollectStats")[0] in seeded  # else collecting would start over with each run
+    measuring = of_type(workflow, "SSRCollectStats", "SSRQuickMerge")
+    assert measuring and all(node in seeded for node in measuring)  # else measuring would start over with each run
     assert {values(node, object_info)["control_after_generate"] for node in seeded} == {"fixed"}
 
 
@@ -211,12 +208,14 @@ def test_the_converted_workflow_has_only_valid_values(workflow, object_info, eve
 
 def assert_valid(name: str, value: Any, spec: list[Any], where: str) -> None:
     offered, limits = options(spec), spec[1] if len(spec) > 1 else {}
-    if name in FILE_INPUTS:
-        assert value == "taef1" or value.endswith(".safetensors"), where
+    if FILE_INPUTS.fullmatch(name):
+        assert FILES.fullmatch(value), where
     elif offered is not None:
         assert value in offered, where
     elif spec[0] == "INT":
         assert type(value) is int and limits["min"] <= value <= limits["max"], where
+    elif spec[0] == "BOOLEAN":
+        assert type(value) is bool, where
     elif spec[0] == "FLOAT":
         assert type(value) in (int, float) and limits["min"] <= value <= limits["max"], where
     else:
@@ -227,22 +226,29 @@ def assert_valid(name: str, value: Any, spec: list[Any], where: str) -> None:
 
 
 def test_calibration_samples_the_way_the_pictures_are_sampled(workflow, object_info):
-    (collect,) = of_type(workflow, "SSRCollectStats")
-    sizes = [values(node, object_info) for node in of_type(workflow, "EmptySD3LatentImage", "EmptyLatentImage")]
+    latents = of_type(workflow, "EmptySD3LatentImage", "EmptyLatentImage", "EmptyHunyuanLatentVideo")
+    sizes = [values(node, object_info) for node in latents]
     assert len({(size["width"], size["height"]) for size in sizes}) == 1
-    for sampler in of_type(workflow, "KSampler"):
-        used, calibrated = values(sampler, object_info), values(collect, object_info)
-        assert {k: used[k] for k in ("sampler_name", "scheduler")} == {
-            k: calibrated[k] for k in ("sampler_name", "scheduler")
-        }
+    measuring = of_type(workflow, "SSRCollectStats", "SSRQuickMerge")
+    drawing = of_type(workflow, "KSampler", "KSamplerAdvanced", "SSRCompare")
+    ways = [values(node, object_info) for node in (*measuring, *drawing)]
+    assert len({(way["sampler_name"], way["scheduler"], float(way["cfg"])) for way in ways}) == 1
 
 
 def test_every_lora_has_at_least_four_calibration_prompts_and_none_twice(workflow, object_info):
-    loras = of_type(workflow, "SSRAddLoRA")
-    prompts = [values(node, object_info)["text"].splitlines() for node in of_type(workflow, "SSRPrompts")]
-    assert len(loras) == len(prompts) >= 2
+    nodes = [node for node in of_type(workflow, "SSRPrompts") if node.get("title", "").startswith("SSR Prompts")]
+    prompts = [values(node, object_info)["text"].splitlines() for node in nodes]
+    for node in of_type(workflow, "SSRQuickMerge"):
+        texts = [values(node, object_info)[f"prompts_{number}"] for number in range(1, 5)]
+        prompts += [text.splitlines() for text in texts if text]
+    assert len(prompts) >= 2
     assert all(len(lines) >= 4 and all(lines) for lines in prompts)
     assert len(set(itertools.chain(*prompts))) == sum(map(len, prompts))
+    for node in of_type(workflow, "SSRAddLoRA"):
+        source = origin_of(workflow, next(slot["link"] for slot in node["inputs"] if slot["name"] == "calibration"))
+        while source["type"] == "FluxGuidance":
+            source = origin_of(workflow, source["inputs"][0]["link"])
+        assert source in nodes, label(node)
 
 
 def test_what_the_demo_compares_was_never_calibrated_on(object_info):
@@ -252,19 +258,20 @@ def test_what_the_demo_compares_was_never_calibrated_on(object_info):
     assert not calibrated & ({row.prompt for row in ROWS} | rendered)
 
 
-def test_the_comparison_stacks_the_same_loras_at_the_same_strengths(workflow, object_info):
-    merged = [values(node, object_info) for node in of_type(workflow, "SSRAddLoRA")]
-    stacked = [values(node, object_info) for node in of_type(workflow, "LoraLoaderModelOnly", "LoraLoader")]
+def test_the_comparison_stacks_the_same_loras_at_the_same_strengths(comparison, object_info):
+    merged = [values(node, object_info) for node in of_type(comparison, "SSRAddLoRA")]
+    loaders = of_type(comparison, "LoraLoaderModelOnly", "LoraLoader")
+    stacked = [values(node, object_info) for node in loaders if node["title"].startswith("Load LoRA")]
     assert [(v["lora_name"], v["strength"]) for v in merged] == [(v["lora_name"], v["strength_model"]) for v in stacked]
     assert all(v.get("strength_clip", v["strength_model"]) == v["strength_model"] for v in stacked)
 
 
-def test_each_compared_picture_differs_from_the_merged_one_only_in_its_model(workflow, object_info):
+def test_each_compared_picture_differs_from_the_merged_one_only_in_its_model(comparison, object_info):
     settings: dict[str, list[Any]] = {"merged": [], "plain stack": []}
-    for node in of_type(workflow, "KSampler"):
-        sources = {slot["name"]: origin_of(workflow, slot["link"]) for slot in node["inputs"] if "widget" not in slot}
+    for node in of_type(comparison, "KSampler"):
+        sources = {slot["name"]: origin_of(comparison, slot["link"]) for slot in node["inputs"] if "widget" not in slot}
         kind = "merged" if sources["model"]["type"] == "SSRApply" else "plain stack"
-        texts = [encoded_text(workflow, sources[side], object_info) for side in ("positive", "negative")]
+        texts = [encoded_text(comparison, sources[side], object_info) for side in ("positive", "negative")]
         settings[kind].append((values(node, object_info), texts, sources["latent_image"]["id"]))
     assert settings["merged"] and settings["merged"] == settings["plain stack"]
 
@@ -282,13 +289,13 @@ def encoded_text(workflow: Workflow, node: Node, object_info: dict[str, Any]) ->
     return [*inner, node["type"], *map(str, node.get("widgets_values", []))]
 
 
-def test_only_the_comparison_is_ever_switched_off_and_then_all_of_it(workflow):
-    *use, comparison = sorted(workflow["groups"], key=lambda group: group["title"])
-    inside = {n["id"] for n in real_nodes(workflow) if contains(bounds(comparison), box(n))}
-    off = {node["id"] for node in workflow["nodes"] if node["mode"] == BYPASSED}
+def test_only_the_comparison_is_ever_switched_off_and_then_all_of_it(comparison):
+    *use, stack = sorted(comparison["groups"], key=lambda group: group["title"])
+    inside = {n["id"] for n in real_nodes(comparison) if contains(bounds(stack), box(n))}
+    off = {node["id"] for node in comparison["nodes"] if node["mode"] == BYPASSED}
     assert len(use) == 4 and inside
-    assert off == (inside if "bypassed" in comparison["title"] else set())
-    assert {node["mode"] for node in workflow["nodes"]} <= {0, BYPASSED}
+    assert off == (inside if "bypassed" in stack["title"] else set())
+    assert {node["mode"] for node in comparison["nodes"]} <= {0, BYPASSED}
 
 
 def test_the_tiny_demo_runs_as_it_is_and_ends_with_pictures_a_report_and_a_file(demo_server: ComfyServer, object_info):
@@ -318,11 +325,13 @@ def test_no_two_groups_overlap_and_every_node_is_inside_one(workflow):
         assert any(contains(bounds(group), box(node)) for group in groups), label(node)
 
 
-def test_the_groups_are_numbered_from_left_to_right(workflow):
-    titles = [group["title"] for group in sorted(workflow["groups"], key=lambda group: group["bounding"][0])]
-    assert titles[:4] == ["1 Models", "2 LoRAs and prompts", "3 Merge", "4 Use it"]
-    assert [title.split()[0] for title in titles] == ["1", "2", "3", "4", "5"]
-    assert len({group["color"] for group in workflow["groups"]}) == 5
+def test_the_groups_are_numbered_from_left_to_right_and_then_down(workflow):
+    lefts = [group["bounding"][0] for group in workflow["groups"]]
+    titles = [group["title"] for group in workflow["groups"]]
+    assert [title.split()[0] for title in titles] == [str(number + 1) for number in range(len(titles))]
+    upper = [left for left, group in zip(lefts, workflow["groups"], strict=True) if group["bounding"][1] == 0]
+    assert len(upper) >= 3 and upper == sorted(upper) and lefts[: len(upper)] == upper
+    assert len({group["color"] for group in workflow["groups"]}) == len(titles)
 
 
 def test_no_node_is_too_small_for_its_sockets_and_widgets(workflow, object_info):
@@ -335,6 +344,6 @@ def test_no_node_is_too_small_for_its_sockets_and_widgets(workflow, object_info)
 
 def test_notes_say_what_to_change_and_what_to_expect(workflow):
     notes = {node["title"]: node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES}
-    assert {"Start here", "Merging", "Compare"} <= set(notes)
+    assert "Start here" in notes and len(notes) >= 2
     for title, text in notes.items():
-        assert 1 <= text.count(". ") + text.count(".\n") + text.endswith(".") <= 5, title
+        assert 1 <= len(re.findall(r"[.?:](\s|$)", text)) <= 12, title

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ssr_core import Calibration, Lora, MergeSettings, Site, StatisticsCollector, StatisticsError, merge
-from synthetic import collect, dense_modules, mlp, random, random_lora, random_update
+from synthetic import collect, dense_modules, mlp, random, random_lora, random_update, run
 
 
 def loras_for(model: nn.Module) -> list[Lora]:
@@ -130,3 +130,54 @@ def test_tokens_are_those_of_the_busiest_site():
         model[0](random(4, 8))
     assert collector.calibration().tokens == (9, 0)
     assert Calibration(collector.loras, collector.subspaces, {}).tokens == (0, 0)
+
+
+@pytest.mark.parametrize("order", [(1, 0, 3, 2), (3, 2, 1, 0), (0, 1, 2, 3)])
+def test_loras_in_another_order_equal_a_collection_in_that_order(order):
+    model, inputs = mlp(), batches()
+    loras = loras_for(model)
+    reordered = collect(loras, model, inputs).reordered(order)
+    collected = collect([loras[i] for i in order], model, [inputs[i] for i in order])
+    assert (reordered.names, reordered.tokens) == (collected.names, collected.tokens)
+    for site, statistics in collected.statistics.items():
+        torch.testing.assert_close(reordered.statistics[site].gram, statistics.gram, rtol=1e-12, atol=1e-12)
+        assert reordered.statistics[site].fingerprint == statistics.fingerprint
+    sum_ = reordered + collected
+    assert sum_.tokens == tuple(2 * n for n in collected.tokens)
+
+
+def test_corrections_follow_the_loras_into_another_order():
+    model, inputs = mlp(), batches()
+    loras = loras_for(model)
+    calibration = refined(loras, model, inputs)
+    order = (2, 0, 3, 1)
+    one, other = merge(calibration), merge(calibration.reordered(order))
+    assert one.report.strengths == tuple(other.report.strengths[order.index(i)] for i in range(4))
+    for module, delta in dense_modules(one.updates).items():
+        torch.testing.assert_close(dense_modules(other.updates)[module], delta, rtol=1e-5, atol=1e-6)
+    without = merge(calibration, MergeSettings(corrected=False))
+    assert any(not torch.allclose(dense_modules(without.updates)[m], d) for m, d in dense_modules(one.updates).items())
+
+
+def refined(loras, model, inputs):
+    collector = StatisticsCollector(loras)
+    run(collector, model, inputs)
+    updates = merge(collector.calibration()).updates
+    for task, batch in enumerate(inputs):
+        with torch.no_grad(), collector.refining(model, task, updates) as both:
+            with both.alone():
+                model(batch)
+            with both.merged():
+                model(batch)
+    return collector.calibration()
+
+
+def test_statistics_are_ordered_as_the_loras_at_hand_and_take_their_strengths():
+    model = mlp()
+    loras = loras_for(model)
+    at_hand = [lora.with_strength(0.3) for lora in loras[::-1]]
+    calibration = collect(loras, model, batches()).ordered_as(at_hand)
+    assert calibration.names == tuple(lora.name for lora in at_hand)
+    assert {lora.strength for lora in calibration.loras} == {0.3}
+    with pytest.raises(StatisticsError, match=r"measured with other LoRAs .*: pose is missing"):
+        calibration.ordered_as(at_hand[1:])

@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,15 +17,16 @@ from ssr_core import (
     Site,
     StatisticsCollector,
     StatisticsError,
-    files,
     load_lora,
     load_statistics,
     merge,
     read_pairs,
     save_lora,
     save_statistics,
+    storage,
     to_state_dict,
 )
+from ssr_core.storage import read_metadata
 from synthetic import collect, dense, dense_joined, mlp, random, random_lora, random_update
 
 FACTORS = {"blocks.0.q": ((4, 8), (6, 4)), "blocks.1.conv": ((2, 3, 3, 3), (5, 2, 1, 1))}
@@ -251,7 +253,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(interruption, whe
     def fail(*args: object, **kwargs: object) -> None:
         raise interruption("disk full")
 
-    monkeypatch.setattr(*((files, "save_file") if where == "save_file" else (os, "replace")), fail)
+    monkeypatch.setattr(*((storage, "save_file") if where == "save_file" else (os, "replace")), fail)
     with pytest.raises(interruption, match="disk full"):
         save_lora({Site.whole("other", 6): random_update(6, 8, 2)}, path)
     assert path.read_bytes() == before
@@ -292,6 +294,25 @@ def test_statistics_read_back_bit_for_bit(tmp_path):
         assert torch.equal(read.statistics[site].gram, read.statistics[site].gram.mT)
         assert read.statistics[site].tokens == statistics.tokens
         assert read.statistics[site].fingerprint == statistics.fingerprint
+
+
+def test_statistics_of_sites_that_share_their_sums_are_saved_and_read_back(tmp_path):
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 12)}).double()
+    loras = [
+        Lora(name, {Site("qkv", at, at + 4, 12): random_update(4, 8, 2, seed) for at in (0, 4, 8)})
+        for seed, name in enumerate(("cat", "dog"))
+    ]
+    collector = StatisticsCollector(loras)
+    for task in range(2):
+        with torch.no_grad(), collector.watching(model, task):
+            model["qkv"](random(20, 8, seed=task))
+    calibration = collector.calibration()
+    first, second, _ = (s.grams.packed[0] for s in calibration.statistics.values())
+    assert first.data_ptr() == second.data_ptr()
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    read = load_statistics(tmp_path / "stats.safetensors", loras)
+    for site, statistics in calibration.statistics.items():
+        assert torch.equal(read.statistics[site].gram, statistics.gram)
 
 
 def test_statistics_read_back_merge_and_add_like_those_saved(tmp_path):
@@ -368,19 +389,57 @@ def test_statistics_of_a_lora_alone_read_back(tmp_path):
     assert load_statistics(tmp_path / "stats.safetensors", calibration.loras).statistics == {}
 
 
-@pytest.mark.parametrize("change", ["order", "values", "fewer", "sites"])
-def test_statistics_of_other_loras_are_refused_by_file(change, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("values", "cat is another file or has changed"),
+        ("fewer", "pose is missing"),
+        ("more", "bird was not there"),
+        ("another", "pose is missing; bird was not there"),
+        ("sites", "dog is another file or has changed"),
+    ],
+)
+def test_statistics_of_other_loras_are_refused_by_file_and_say_which_differ(change, said, tmp_path):
     calibration = measured()
     cat, dog, pose = calibration.loras
+    bird = random_lora("bird", mlp(), 2, 7)
     others = {
-        "order": (dog, cat, pose),
         "values": (random_lora("cat", mlp(), 3, 9), dog, pose),
         "fewer": (cat, dog),
+        "more": (cat, dog, pose, bird),
+        "another": (cat, dog, bird),
         "sites": (cat, random_lora("dog", mlp(), 2, 2, ["2"]), pose),
     }[change]
     save_statistics(calibration, tmp_path / "stats.safetensors")
-    with pytest.raises(StatisticsError, match=r"stats\.safetensors.*other LoRAs"):
+    with pytest.raises(StatisticsError, match=rf"stats\.safetensors was measured with other LoRAs .*: {said}"):
         load_statistics(tmp_path / "stats.safetensors", others)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_statistics_read_with_the_loras_in_another_order_are_those_of_that_order(context, tmp_path):
+    calibration = seeing() if context else measured()
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    order = list(range(len(calibration.loras)))[::-1]
+    read = load_statistics(tmp_path / "stats.safetensors", [calibration.loras[i] for i in order])
+    assert read.names == calibration.names[::-1] and read.tokens == calibration.tokens[::-1]
+    one, other = merge(calibration), merge(read)
+    for site, update in one.updates.items():
+        torch.testing.assert_close(dense(other.updates[site]), dense(update), rtol=1e-5, atol=1e-6)
+    assert [other.report.error(i) for i in order] == pytest.approx([one.report.error(i) for i in range(len(order))])
+
+
+def test_a_lora_that_is_there_twice_is_known_by_its_name(tmp_path):
+    cat, dog, _ = measured().loras
+    loras = [cat, replace(cat, name="copy"), dog]
+    calibration = collect(loras, mlp(), [random(20 + task, 8, seed=task) for task in range(3)])
+    save_statistics(calibration, tmp_path / "stats.safetensors")
+    assert load_statistics(tmp_path / "stats.safetensors", [loras[1], dog, cat]).tokens == (21, 22, 20)
+
+
+def test_metadata_of_the_host_is_kept_beside_the_statistics_own(tmp_path):
+    save_statistics(measured(), tmp_path / "stats.safetensors", {"ssr.model": "Flux", "ssr.format": "no"})
+    header = read_metadata(tmp_path / "stats.safetensors", StatisticsError)
+    assert (header["ssr.model"], header["ssr.format"]) == ("Flux", "statistics 1")
 
 
 def test_a_lora_file_is_no_statistics_file(tmp_path):
@@ -401,9 +460,9 @@ def test_damaged_statistics_are_refused_by_file(damage, tmp_path):
     elif damage == "no json":
         header["ssr.sites"] = header["ssr.sites"][:-5]
     elif damage == "no tensor":
-        del tensors["gram/0"]
+        del tensors["gram/0/1"]
     else:
-        tensors["gram/0"] = tensors["gram/0"][:, :-1].contiguous()
+        tensors["gram/0/1"] = tensors["gram/0/1"][:-1].contiguous()
     save_file(tensors, path, metadata=header)
     with pytest.raises(StatisticsError, match=r"stats\.safetensors is damaged"):
         load_statistics(path, calibration.loras)
@@ -411,7 +470,7 @@ def test_damaged_statistics_are_refused_by_file(damage, tmp_path):
 
 def test_statistics_with_values_that_are_not_finite_are_refused_by_file_and_site(tmp_path):
     calibration, path = measured(), tmp_path / "stats.safetensors"
-    next(iter(calibration.statistics.values())).gram[0, 0, 0] = torch.nan
+    next(iter(calibration.statistics.values())).grams.packed[0][0] = torch.nan
     save_statistics(calibration, path)
     with pytest.raises(StatisticsError, match=r"stats\.safetensors: 0: .*NaN"):
         load_statistics(path, calibration.loras)

@@ -1,9 +1,22 @@
-"""The example of the README, as it stands there, on a model of two layers."""
+"""The example of docs/headless.md, as it stands there, on a model of two layers."""
+
+import re
+import runpy
+from pathlib import Path
 
 import torch
 
 import ssr_core
 from synthetic import dense_joined, mlp, random, random_lora
+
+PAGE = Path(__file__).parents[2] / "docs" / "headless.md"
+
+
+def example() -> str:
+    """The page's first block of Python."""
+    found = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def test_loras_of_a_model_become_one_file_and_a_report(tmp_path, monkeypatch, capsys):
@@ -14,14 +27,11 @@ def test_loras_of_a_model_become_one_file_and_a_report(tmp_path, monkeypatch, ca
     batches = [random(50, 8, seed=seed, dtype=torch.float32) + seed for seed in range(2)]
     calibration_batches = [{"input": batch} for batch in batches]
 
-    loras = [ssr_core.load_lora("cat.safetensors"), ssr_core.load_lora("dog.safetensors")]
-    collector = ssr_core.StatisticsCollector(loras)
-    for task, batch in enumerate(calibration_batches):
-        with torch.no_grad(), collector.watching(model, task):
-            model(**batch)
-    merge = ssr_core.merge(collector.calibration())
-    ssr_core.save_lora(merge.updates, "cat+dog.safetensors")
-    print(merge.report)
+    script = tmp_path / "example.py"
+    script.write_text(example(), encoding="utf-8")
+    known = {"model": model, "short_batches": calibration_batches, "calibration_batches": calibration_batches}
+    ran = runpy.run_path(str(script), init_globals=known)
+    loras, merge = ran["loras"], ran["merge"]
 
     report = capsys.readouterr().out
     assert "2 LoRAs, 2 sites, 2 of them shared" in report

@@ -10,9 +10,10 @@ import ssr_core
 
 FOLDER = Path(ssr_core.__file__).parent
 ORDER = (
-    *("errors", "low_rank_update", "expansion", "site", "lora", "subspace", "sufficient_statistics"),
-    *("correction", "calibration", "layer", "sketch", "recording", "refinement", "collect"),
-    *("router", "rank", "selection", "diagnostics", "solution", "merge", "files"),
+    *("errors", "storage", "parallel", "low_rank_update", "expansion", "site", "lora", "subspace", "grams"),
+    *("sufficient_statistics", "accumulator", "correction", "calibration", "layer", "sketch", "choice", "tap"),
+    *("recording", "refinement", "requirement", "collect", "distributed", "router", "rank", "selection", "diagnostics"),
+    *("solution", "merge", "conflict", "advice", "peft_config", "files", "entry", "statistics_file"),
 )
 OUTSIDE = {"torch", "safetensors"}
 

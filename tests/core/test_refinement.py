@@ -233,3 +233,24 @@ def test_every_token_is_as_likely_to_be_counted():
     down = next(iter(collector.subspaces.values())).down.double()
     expected = down @ down.mT * sum(statistics.tokens) / 4
     torch.testing.assert_close(statistics.gram[0], expected, rtol=0.1, atol=0.1 * float(expected.diagonal().mean()))
+
+
+def test_a_layer_whose_inputs_the_merge_does_not_change_is_not_corrected():
+    model = mlp()
+    loras = loras_for(model)
+    collector = StatisticsCollector(loras)
+    few, many = random(3, 8, seed=5), random(30, 8, seed=6)
+    for task in range(2):
+        with torch.no_grad(), collector.watching(model, task):
+            model(many)
+    updates = merge(collector.calibration()).updates
+    with torch.no_grad(), collector.refining(model, 0, updates) as run:
+        for _ in range(2):
+            with run.alone():
+                model(few)
+                model(few)
+            with run.merged():
+                model(few)
+                model(few)
+    _, second = sorted(collector.subspaces)
+    assert set(collector.calibration().corrections) == {second}

@@ -37,16 +37,19 @@ def start(comfyui: Path, base_directory: Path) -> ComfyRuntime:
     """Imports ComfyUI for the CPU, with models and outputs in `base_directory`. Once per process."""
     # first, because this repository has a folder nodes/ and ComfyUI a module nodes.py
     sys.path.insert(0, str(comfyui))
-    importlib.import_module("utils.extra_config")  # first in main.py too: an older ComfyUI has a second `utils`
-    # main.py parses the command line, and nobody here does: these are the parser's defaults
+    # main.py parses the command line, and nobody here does: these are the parser's defaults. Before anything else:
+    # the folders of models and outputs are chosen when `folder_paths` is imported, which the next line does
     args = importlib.import_module("comfy.cli_args").args
     args.cpu = True
     args.base_directory = str(base_directory)
     args.database_url = "sqlite:///:memory:"
+    importlib.import_module("utils.extra_config")  # first in main.py too: an older ComfyUI has a second `utils`
     nodes = importlib.import_module("nodes")
     if Path(nodes.__file__ or "").parent != comfyui:
         raise RuntimeError(f"`nodes` is {nodes.__file__}, not ComfyUI's: something imported the pack's folder first")
     folder_paths = importlib.import_module("folder_paths")
+    if not Path(folder_paths.get_output_directory()).is_relative_to(base_directory):
+        raise RuntimeError(f"outputs go to {folder_paths.get_output_directory()}, not below {base_directory}")
     loras = Path(folder_paths.get_output_directory()) / "loras"
     folder_paths.add_model_folder_path("loras", str(loras))  # main.py does: what is saved can be loaded
     importlib.import_module("execution")

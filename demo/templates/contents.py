@@ -1,0 +1,21 @@
+"""Contents: the example workflows by the names of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import comparisons, scenarios
+from .graph import Group
+
+WORKFLOWS: dict[str, Callable[[], list[Group]]] = {
+    "first-steps-sdxl": scenarios.first_steps,
+    "two-characters-flux": comparisons.two_characters_flux,
+    "style-and-character-sdxl": comparisons.style_and_character_sdxl,
+    "three-loras-zimage": comparisons.three_loras_zimage,
+    "speed-lora-in-base-qwen": comparisons.speed_lora_in_base_qwen,
+    "two-experts-wan22": scenarios.wan_two_experts,
+    "retune-saved-stats-zimage": scenarios.retune_saved_stats,
+    "diagnose-only-flux": scenarios.diagnose_only,
+    "save-for-sharing-zimage": scenarios.save_for_sharing,
+    "tiny-demo": comparisons.tiny_demo,
+}

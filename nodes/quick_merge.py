@@ -1,0 +1,212 @@
+"""SSR Quick Merge: all steps from LoRA files and prompts to a model with the merge on it, in one node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io
+
+from ..ssr_core import LoraError, MergeSettings
+from .collecting import collect
+from .file_state import state_of
+from .lora_model import load_into
+from .lora_stack import StackedLora, read_stack
+from .merging import AUTO, solve
+from .prompt import encode_lines
+from .runs import TOKENS, Sampling
+from .sockets import ADVANCED, CATEGORY, FIXED, LoraModelSocket, LoraStackSocket, Task, say, schema
+
+PICKERS = 4
+NONE = "None"
+NAME = "SSR Quick Merge"
+
+
+class SSRQuickMerge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SSRQuickMerge",
+            display_name=NAME,
+            category=CATEGORY,
+            description="Merges up to four LoRAs, or those of a LORA_STACK, into one and puts it on the model: SSR "
+            "Prompts, SSR Add LoRA, SSR Collect Stats, SSR Solve and SSR Apply in one. Any change runs all of it "
+            "again; to try settings quickly, use the nodes themselves.",
+            search_aliases=["merge lora", "lora merge", "combine loras", "multiple loras", "ssr merge", "easy merge"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model, with what shall stay in it (a speed LoRA, say)."),
+                io.Clip.Input("clip", tooltip="The text encoder. LoRAs that change it, too, are merged there as well."),
+                io.Latent.Input("latent", tooltip="An empty latent of the size you render."),
+                *(one for number in range(1, PICKERS + 1) for one in _picker(number)),
+                LoraStackSocket.Input(
+                    "lora_stack",
+                    optional=True,
+                    tooltip="LoRAs of another pack's stacker, instead of those chosen here: prompts_1 then belongs to "
+                    "the first LoRA of the stack.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="The cfg you render with, if a negative prompt is connected.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    optional=True,
+                    tooltip="The sampler you render with.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    optional=True,
+                    tooltip="The scheduler you render with.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=FIXED,
+                    optional=True,
+                    tooltip="Of the calibration samples' noise; the same for every LoRA.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=8,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    tooltip="Sampling steps per prompt while calibrating. 4 to 8 are enough.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    tooltip="Size of the merged LoRA, as that of a LoRA of this rank. 0 keeps all, -1 loses less than "
+                    "1 % of the effect.",
+                    **ADVANCED,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the merged LoRA."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder with the merged LoRA."),
+                LoraModelSocket.Output(display_name="lora", tooltip="The merged LoRA, for SSR Save LoRA."),
+                io.String.Output(display_name="report", tooltip="What the merge keeps of each LoRA."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> list[str]:
+        names = [str(inputs.get(f"lora_{number}") or NONE) for number in range(1, PICKERS + 1)]
+        return [state_of(folder_paths.get_full_path("loras", name), name) for name in names]
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        latent: dict[str, Any],
+        lora_stack: Any = None,
+        negative: list[Any] | None = None,
+        cfg: float = 1.0,
+        sampler_name: str = "euler",
+        scheduler: str = "simple",
+        seed: int = 0,
+        steps: int = 8,
+        rank: int = 0,
+        **chosen: Any,
+    ) -> io.NodeOutput:
+        tasks = tuple(
+            Task(
+                lora.name,
+                lora.path,
+                lora.strength,
+                encode_lines(clip, prompts, where),
+                clip_strength=lora.clip_strength,
+            )
+            for lora, prompts, where in _chosen(lora_stack, chosen)
+        )
+        sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
+        stats = collect(model, tasks, latent, sampling, lambda text: say(cls, text), clip=clip)
+        lora, report = solve(stats, MergeSettings(rank=AUTO if rank < 0 else rank))
+        return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
+
+
+def _picker(number: int) -> list[Any]:
+    """The three inputs of one LoRA."""
+    optional = number > 2
+    return [
+        io.Combo.Input(
+            f"lora_{number}",
+            options=[NONE, *folder_paths.get_filename_list("loras")],
+            default=NONE,
+            optional=optional,
+            tooltip="A LoRA file to merge.",
+        ),
+        io.Float.Input(
+            f"strength_{number}",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.01,
+            optional=optional,
+            tooltip="How strong this LoRA is, alone and in the merge. 1 means what Load LoRA's 1 means.",
+        ),
+        io.String.Input(
+            f"prompts_{number}",
+            default="",
+            multiline=True,
+            dynamic_prompts=False,
+            optional=optional,
+            tooltip="A few prompts that show what this LoRA is for, one per line, with its trigger words.",
+        ),
+    ]
+
+
+def _chosen(stack: Any, chosen: dict[str, Any]) -> list[tuple[StackedLora, list[str], str]]:
+    """Each LoRA with the lines of its prompts, and how errors call them.
+
+    Raises:
+        LoraError: too few LoRAs, more than there are prompts for, or LoRAs in both places.
+    """
+    picked = [
+        (chosen.get(f"lora_{number}") or NONE, chosen.get(f"strength_{number}", 1.0))
+        for number in range(1, PICKERS + 1)
+    ]
+    stacked = read_stack(stack, NAME)
+    if stacked and any(name != NONE for name, _ in picked):
+        raise LoraError(f"{NAME}: LoRAs are chosen here and in lora_stack; choose {NONE} here, or disconnect it.")
+    if len(stacked) > PICKERS:
+        raise LoraError(
+            f"{NAME}: lora_stack holds {len(stacked)} LoRAs, and there is room for the prompts of {PICKERS}; use "
+            "SSR Add LoRA Stack."
+        )
+    numbered = list(enumerate(stacked, 1)) or [
+        (number, read_stack([entry], NAME)[0]) for number, entry in enumerate(picked, 1) if entry[0] != NONE
+    ]
+    if not numbered:
+        raise LoraError(f"{NAME}: there is no LoRA to merge; choose two or more.")
+    return [
+        (lora, str(chosen.get(f"prompts_{number}") or "").splitlines(), f"{NAME}: prompts_{number}, for {lora.name}")
+        for number, lora in numbered
+    ]

@@ -1,0 +1,150 @@
+"""SSR Quick Merge in a real ComfyUI: what the chain of nodes gives, in one."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from run_nodes import execute, node, relative
+from tiny_clip import tiny_clip
+from tiny_flux import empty_latent, flux_lora, flux_state_dict
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
+
+PROMPTS = ("a cat\na cat at night", "\na house\n\na house in the snow ")
+
+
+@pytest.fixture(scope="module")
+def files(pack, tmp_path_factory):
+    import folder_paths
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("loras")
+    folder_paths.add_model_folder_path("loras", str(folder))
+    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    pair = {f"{key}.lora_up.weight": torch.randn(128, 2), f"{key}.lora_down.weight": torch.randn(2, 64)}
+    for seed, name in enumerate(("cat", "house", "third"), 1):
+        save_file(flux_lora("kohya", rank=2 + seed, seed=seed) | pair, folder / f"{name}.safetensors")
+    folder_paths.filename_list_cache.pop("loras", None)
+    yield folder
+    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))  # other tests have files of the same names
+    folder_paths.filename_list_cache.pop("loras", None)
+
+
+@pytest.fixture(scope="module")
+def model(pack):
+    weights = flux_state_dict()
+    for name in ("txt_in", "vector_in.in_layer"):
+        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
+    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(weights)
+
+
+@pytest.fixture(scope="module")
+def clip(pack):
+    return tiny_clip(torch.float32)
+
+
+def chosen(*names, prompts=PROMPTS, strengths=(1.0, 0.6)):
+    inputs = {}
+    for number, (name, strength, text) in enumerate(zip(names, strengths, prompts, strict=False), 1):
+        inputs |= {f"lora_{number}": name, f"strength_{number}": strength, f"prompts_{number}": text}
+    return inputs
+
+
+def quick(model, clip, steps=3, **inputs):
+    given = {"model": model, "clip": clip, "latent": empty_latent(), "steps": steps}
+    return execute(node("quick_merge.SSRQuickMerge"), **given, **inputs)
+
+
+def chain(model, clip):
+    """(model, clip, lora, report) of the nodes one by one."""
+    tasks = ()
+    for name, strength, text in zip(("cat", "house"), (1.0, 0.6), PROMPTS, strict=True):
+        prompts = execute(node("prompts.SSRPrompts"), clip=clip, text=text)[0]
+        given = {"lora_name": f"{name}.safetensors", "strength": strength, "calibration": prompts}
+        tasks = execute(node("add_lora.SSRAddLoRA"), **given, tasks=tasks)[0]
+    how = {"seed": 0, "steps": 3, "sampler_name": "euler", "scheduler": "simple", "clip": clip}
+    stats = execute(node("collect_stats.SSRCollectStats"), model=model, tasks=tasks, latent=empty_latent(), **how)[0]
+    settings = {"ridge": 0.01, "rank": 0, "routing": 1.0, "strengths": ""}
+    lora, report = execute(node("solve.SSRSolve"), stats=stats, **settings)
+    return *execute(node("apply.SSRApply"), model=model, clip=clip, lora=lora, strength=1.0), lora, report
+
+
+def read(clip):
+    with torch.inference_mode():
+        return clip.encode_from_tokens(clip.tokenize("a cat in the rain"))
+
+
+def wide_sample(model, clip):
+    nodes = importlib.import_module("nodes")
+    with torch.inference_mode():
+        cond = clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
+        return nodes.common_ksampler(model, 0, 3, 1.0, "euler", "simple", cond, cond, empty_latent())[0]["samples"]
+
+
+def test_it_gives_exactly_what_the_nodes_one_by_one_give(model, clip, files):
+    one, other = quick(model, clip, **chosen("cat.safetensors", "house.safetensors")), chain(model, clip)
+    assert one[3] == other[3]
+    assert one[2].keys() == other[2].keys() and all(torch.equal(one[2][key], other[2][key]) for key in other[2])
+    assert one[2].metadata == other[2].metadata
+    assert torch.equal(wide_sample(*one[:2]), wide_sample(*other[:2]))
+    assert torch.equal(read(one[1]), read(other[1])) and relative(read(one[1]), read(clip)) > 1e-3
+
+
+def test_places_without_a_lora_are_passed_over_with_their_prompts(model, clip, files):
+    inputs = chosen("cat.safetensors", "None", "house.safetensors", prompts=(*PROMPTS, "x"), strengths=(1, 1, 1))
+    report = quick(model, clip, steps=1, **inputs | {"lora_4": None})[3]
+    assert "2 LoRAs" in report and "house" in report
+
+
+def test_a_stack_of_another_pack_takes_the_place_of_the_pickers(model, clip, files):
+    stack = [("cat.safetensors", 1.0, 1.0), ("None", 1.0, 1.0), ("house.safetensors", 0.6, 0.6)]
+    prompts = {"prompts_1": PROMPTS[0], "prompts_2": PROMPTS[1], "lora_1": "None", "lora_2": "None"}
+    one = quick(model, clip, lora_stack=stack, **prompts)
+    other = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))
+    assert all(torch.equal(one[2][key], other[2][key]) for key in other[2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (lambda: {}, "no LoRA to merge"),
+        (
+            lambda: chosen("cat.safetensors", "house.safetensors", prompts=("a cat", " ")),
+            "prompts_2, for house",
+        ),
+        (lambda: chosen("gone.safetensors"), r"no LoRA file 'gone\.safetensors'"),
+        (
+            lambda: chosen("cat.safetensors") | {"lora_stack": [("house.safetensors", 1, 1)]},
+            "here and in lora_stack",
+        ),
+        (
+            lambda: {"lora_stack": [("cat.safetensors", 1, 1)] * 5},
+            "holds 5 LoRAs, and there is room",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_with_the_place_where_it_goes(model, clip, files, inputs, said):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match=said):
+        quick(model, clip, **inputs())
+
+
+def test_a_rank_makes_the_result_smaller(model, clip, files):
+    inputs = chosen("cat.safetensors", "house.safetensors")
+    sizes = [
+        sum(v.numel() for v in quick(model, clip, steps=1, rank=rank, **inputs)[2].values()) for rank in (0, 2, -1)
+    ]
+    assert sizes[1] < 0.6 * sizes[0] and sizes[2] <= sizes[0]
+
+
+def test_a_file_replaced_under_the_same_name_is_merged_anew(files):
+    cls = node("quick_merge.SSRQuickMerge")
+    before = cls.fingerprint_inputs(lora_1="cat.safetensors", lora_2="None")
+    assert before == cls.fingerprint_inputs(lora_1="cat.safetensors", lora_2="None")
+    path = Path(files) / "cat.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert cls.fingerprint_inputs(lora_1="cat.safetensors", lora_2="None") != before

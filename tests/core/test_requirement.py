@@ -1,0 +1,65 @@
+"""Requirement: what is told before is what is taken."""
+
+import pytest
+import torch
+
+from ssr_core import Lora, LowRankUpdate, Requirement, Site, StatisticsCollector, Subspace, merge
+from synthetic import mlp, random, random_lora
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("refine", [False, True])
+def test_the_memory_of_statistics_is_told_to_the_byte(context, refine):
+    model = mlp()
+    collector = StatisticsCollector([random_lora("cat", model, 3, 1), random_lora("dog", model, 2, 2)])
+    need = collector.requirement(context, refine)
+    batches = [random(40, 8, seed=task) for task in range(2)]
+    for task in range(2 if context else 0):
+        with torch.no_grad(), collector.surveying(model, task, context):
+            model(batches[task])
+    collector.see(context)
+    for task in range(2):
+        with torch.no_grad(), collector.watching(model, task):
+            model(batches[task])
+    updates = merge(collector.calibration()).updates
+    for task in range(2 if refine else 0):
+        with torch.no_grad(), collector.refining(model, task, updates) as run:
+            with run.alone():
+                model(batches[task])
+            with run.merged():
+                model(batches[task])
+    calibration = collector.calibration()
+    kept = sum(seen.grams.nbytes for seen in calibration.statistics.values())
+    for correction in calibration.corrections.values():
+        kept += correction.grams.nbytes + sum(target.nbytes for target in correction.targets)
+    assert need.host == kept
+
+
+def flux(tasks: int, rank: int) -> dict[Site, Subspace]:
+    """The layers of Flux, without memory."""
+    double = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072))
+    single = ((21504, 3072), (3072, 15360), (9216, 3072))
+    sizes = [size for size in double for _ in range(2 * 19)] + [size for size in single for _ in range(38)]
+    with torch.device("meta"):
+        return {
+            Site.whole(str(number), out): Subspace(
+                torch.empty(tasks * rank, inputs), torch.empty(out, tasks * rank), (rank,) * tasks
+            )
+            for number, (out, inputs) in enumerate(sizes)
+        }
+
+
+def test_eight_loras_of_rank_128_fit_beside_an_fp8_flux_on_a_card_of_24_gb():
+    need = Requirement.of(flux(8, 128), context=128, itemsize=2)
+    assert need.device < 7 * 2**30 < (24 - 12 - 3) * 2**30
+    assert need.host < 7 * 2**30
+
+
+def test_large_statistics_are_kept_in_float32():
+    few, many = (Requirement.of(flux(8, rank), itemsize=2).host for rank in (16, 128))
+    assert many < 32 * few  # of 64 times as many numbers
+
+
+def test_one_lora_alone_needs_nothing():
+    update = LowRankUpdate(torch.zeros(2, 8), torch.zeros(8, 2))
+    assert StatisticsCollector([Lora("cat", {Site.whole("0", 8): update})]).requirement() == Requirement(0, 0)
