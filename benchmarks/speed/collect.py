@@ -1,199 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
 """What measuring costs next to plain sampling: forward passes of ComfyUI's own Flux at its real width.
 
-    COMFYUI_PATH=... python benchmarks/speed/collect.py [--paper SSR-Merge] [--device cuda --dtype bfloat16]
+    COMFYUI_PATH=... python benchmarks/speed/collect.py [--paper SSR-Merge] [--device cuda --dtype bfloat16 [--fp8]]
 
-Four ways to run the same blocks on the same tokens: the plain model; the model with one LoRA added to the
-weights, as ComfyUI's loader leaves them; this package's recording, in which that LoRA is active and the statistics of
-all LoRAs are summed; the paper's
-collector (`--paper`, a checkout of github.com/nagara214/SSR-Merge), with the LoRA patched in, as its runner does it.
-Each repetition runs all four, in turn; the table has medians of seconds and of the ratios to the plain model.
+Four ways to run the same blocks on the same tokens: the plain model; the model patched with one LoRA by ComfyUI; this
+package's recording, in which that LoRA is active and the statistics of all LoRAs are summed; the paper's collector
+(`--paper`, a checkout of github.com/nagara214/SSR-Merge) on the model patched with that LoRA. Putting on and taking off
+is not measured. The table has medians of seconds and of the ratios to the plain model within each repetition. Where
+other work shares the CPU, `--clock cpu` counts the seconds of this process alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fidelity"))
+import machine
+from flux import flux, inputs, loras
+from ssr_core import Lora, StatisticsCollector
+from timing import CLOCKS, Times, Way, interleaved
 
-import host  # isort: skip  (puts ComfyUI on the path)
-
-import comfy.ldm.flux.model
-import comfy.ops
-
-core = host.ssr_core
-CASES = ((2, 32, 0), (2, 32, 64), (2, 32, 128), (4, 16, 64), (8, 16, 64), (2, 128, 64))  # LoRAs, rank, context rows
-TEXT_TOKENS = 256
+CASES = ((2, 16, 0), (2, 32, 0), (2, 32, 64), (2, 32, 128), (4, 16, 64), (8, 16, 64), (2, 128, 64))
+"""LoRAs, rank of each, context rows"""
 
 
-def flux(width: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """One double and one single block, with random weights."""
-    torch.manual_seed(0)
-    model = comfy.ldm.flux.model.Flux(
-        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=width, mlp_ratio=4.0,
-        num_heads=width // 128, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
-        qkv_bias=True, guidance_embed=False, txt_ids_dims=[], dtype=dtype, device=device,
-        operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02)
-    return model.eval().requires_grad_(False)
+@contextmanager
+def patched(model: nn.Module, lora: Lora, device: str) -> Iterator[None]:
+    """The LoRA in the weights, put there by ComfyUI's ModelPatcher."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.weight_adapter.lora import LoRAAdapter
 
-
-def inputs(tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Latent, time, text and pooled text for an image of so many tokens."""
-    side = 2 * round(tokens**0.5)
-    shapes = ((1, 16, side, side), (1,), (1, TEXT_TOKENS, 4096), (1, 768))
-    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
-
-
-def make_loras(model: torch.nn.Module, count: int, rank: int) -> list[Any]:
-    torch.manual_seed(1)
-    layers = {
-        name: module.weight.shape
-        for name, module in model.named_modules()
-        if "blocks." in name and getattr(module, "weight", None) is not None and module.weight.ndim == 2
+    patcher = ModelPatcher(model, torch.device(device), torch.device(device))
+    patches = {
+        f"{site.module}.weight": LoRAAdapter(set(), (update.up, update.down, None, None, None, None))
+        for site, update in lora.updates.items()
     }
-    return [
-        core.Lora(
-            str(task),
-            {
-                core.Site.whole(name, out): core.LowRankUpdate(
-                    torch.randn(rank, wide) / wide**0.5, torch.randn(out, rank) * 0.02
-                )
-                for name, (out, wide) in layers.items()
-            },
-        )
-        for task in range(count)
-    ]
+    if len(patcher.add_patches(patches)) != len(patches):
+        raise RuntimeError("ComfyUI did not take all layers of the LoRA")
+    patcher.patch_model(torch.device(device))
+    try:
+        yield
+    finally:
+        patcher.unpatch_model(torch.device(device))
 
 
-class Patched:
-    """The LoRA in the weights, which is what ComfyUI's loader leaves the model with while it samples."""
-
-    def __init__(self, model: torch.nn.Module, lora: Any) -> None:
-        self.layers = dict(model.named_modules())
-        self.lora = lora
-
-    def __enter__(self) -> None:
-        self.saved = {site.module: self.layers[site.module].weight.data for site in self.lora.updates}
-        for site, update in self.lora.updates.items():
-            weight = self.layers[site.module].weight
-            weight.data = weight + update.dense().to(weight)
-
-    def __exit__(self, *_: object) -> None:
-        for name, weight in self.saved.items():
-            self.layers[name].weight.data = weight
+@contextmanager
+def attached(recording: Any, model: nn.Module) -> Iterator[None]:
+    recording.attach(model)
+    try:
+        yield
+    finally:
+        recording.detach()
 
 
-def measure(model: Any, args: Sequence[torch.Tensor], loras: Sequence[Any], context: int, repeats: int, paper: Any):
-    """Seconds of each way, one list each."""
-    device = args[0].device
+def papers(paper: Any, tasks: Sequence[Lora]) -> Any:
+    """The paper's collector, for the first task."""
+    merger = paper.SSRMerger([{s.module: (u.down, u.up) for s, u in lora.updates.items()} for lora in tasks])
+    merger.set_active_task(0)
+    return merger
 
-    def timed(around: Callable[[], Any] | None = None) -> float:
-        manager = around() if around else None
-        if manager:
-            manager.__enter__()
-        synchronize(device)
-        started = time.perf_counter()
-        model(args[0], args[1], args[2], args[3])
-        synchronize(device)
-        elapsed = time.perf_counter() - started
-        if manager:
-            manager.__exit__(None, None, None)
-        return elapsed
 
-    collector = core.StatisticsCollector(loras)
+@contextmanager
+def papers_attached(merger: Any, model: nn.Module, lora: Lora, device: str) -> Iterator[None]:
+    with patched(model, lora, device):
+        merger.attach({name: module for name, module in model.named_modules() if name in merger.layer_stats})
+        try:
+            yield
+        finally:
+            merger.detach()
+
+
+def measure(model: nn.Module, args: Sequence[Tensor], tasks: Sequence[Lora], context: int, options: Any) -> Times:
+    device = options.device
+    collector = StatisticsCollector(tasks)
     if context:
         with collector.surveying(model, 0, context):
             model(*args)
         collector.see(context)
-    found: dict[str, list[float]] = {}
-    with torch.inference_mode(), collector.recording(0) as recording:
-
-        class Watched:
-            def __enter__(self) -> None:
-                recording.attach(model)
-
-            def __exit__(self, *_: object) -> None:
-                recording.detach()
-
-        ways: dict[str, Any] = {"plain": None, "loader": lambda: Patched(model, loras[0]), "ours": Watched}
-        if paper is not None:
-            pairs = [{s.module: (u.down, u.up) for s, u in lora.updates.items()} for lora in loras]
-            merger = paper.SSRMerger(pairs)
-            merger.set_active_task(0)
-
-            class Paper(Patched):
-                def __enter__(self) -> None:
-                    super().__enter__()
-                    merger.attach({n: m for n, m in model.named_modules() if n in merger.layer_stats})
-
-                def __exit__(self, *_: object) -> None:
-                    merger.detach()
-                    super().__exit__()
-
-            ways["paper"] = lambda: Paper(model, loras[0])
-        for repeat in range(repeats + 1):
-            for name, around in ways.items():
-                seconds = timed(around)
-                if repeat:  # the first one warms up
-                    found.setdefault(name, []).append(seconds)
-    return found
-
-
-def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median of the ratios within each repetition."""
-    return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    with collector.recording(0) as recording:
+        around = {
+            "plain": None,
+            "loader": lambda: patched(model, tasks[0], device),
+            "ours": lambda: attached(recording, model),
+        }
+        if options.paper:
+            merger = papers(options.collector, tasks)
+            around["paper"] = lambda: papers_attached(merger, model, tasks[0], device)
+        ways = {
+            name: Way(lambda: model(*args), how) if how else Way(lambda: model(*args)) for name, how in around.items()
+        }
+        return interleaved(ways, options.repeats, device, options.clock)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = arguments()
+    machine.start_comfyui(options.device)
+    dtype = getattr(torch, options.dtype)
+    if options.paper:
+        sys.path.append(str(options.paper))
+        from ssr_merge import core
+
+        options.collector = core
+    print(f"{machine.describe(options.device, options.dtype)}{' from fp8' if options.fp8 else ''}")
+    print(
+        f"width {options.width}, {options.blocks[0]} double and {options.blocks[1]} single blocks, {options.clock} clock, medians of {options.repeats}"
+    )
+    ways = ["plain", "loader", "ours", *(["paper"] if options.paper else [])]
+    print(f"{'tokens':>7} {'LoRAs x rank':>13} {'context':>8} " + "".join(f"{way:>20}" for way in ways))
+    with torch.inference_mode():
+        model = flux(options.width, options.device, dtype, options.fp8, *options.blocks)
+        for tokens in options.tokens:
+            args = inputs(tokens, options.device, dtype)
+            for count, rank, context in [CASES[number] for number in options.cases]:
+                found = measure(model, args, loras(model, count, rank), context, options)
+                cells = "".join(f"{found.cell(way):>20}" for way in ways)
+                print(f"{tokens:>7} {f'{count} x {rank}':>13} {context:>8} {cells}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--width", type=int, default=3072)
+    parser.add_argument("--blocks", type=int, nargs=2, default=[0, 1], help="of each kind: double and single")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--fp8", action="store_true", help="weights in 8 bits, cast for each product")
     parser.add_argument("--paper", type=Path)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only so many of the cases")
-    options = parser.parse_args()
-    paper = None
-    if options.paper:
-        sys.path.insert(0, str(options.paper))
-        from ssr_merge import core as paper  # type: ignore[no-redef,import-not-found]
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{platform.machine()}, {name}, torch {torch.__version__}, {options.dtype}, width {options.width}")
-    print(
-        f"{'tokens':>7} {'LoRAs x rank':>13} {'context':>8}   "
-        + "".join(f"{w:>18}" for w in ("plain", "loader", "ours", "paper"))
-    )
-    model = flux(options.width, device, dtype)
-    for tokens in options.tokens:
-        args = inputs(tokens, device, dtype)
-        for count, rank, context in CASES[: options.cases]:
-            found = measure(model, args, make_loras(model, count, rank), context, options.repeats, paper)
-            cells = [
-                f"{statistics.median(times):8.3f} s {ratio(times, found['plain']):6.3f}x" for times in found.values()
-            ]
-            print(
-                f"{tokens:>7} {f'{count} x {rank}':>13} {context:>8}   " + "".join(f"{c:>18}" for c in cells),
-                flush=True,
-            )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help="numbers of the cases")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
