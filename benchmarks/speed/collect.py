@@ -110,7 +110,8 @@ def main() -> None:
         options.collector = core
     print(f"{machine.describe(options.device, options.dtype)}{' from fp8' if options.fp8 else ''}")
     print(
-        f"width {options.width}, {options.blocks[0]} double and {options.blocks[1]} single blocks, {options.clock} clock, medians of {options.repeats}"
+        f"width {options.width}, {options.blocks[0]} double and {options.blocks[1]} single blocks, "
+        f"{options.clock} clock, medians of {options.repeats}"
     )
     ways = ["plain", "loader", "ours", *(["paper"] if options.paper else [])]
     print(f"{'tokens':>7} {'LoRAs x rank':>13} {'context':>8} " + "".join(f"{way:>20}" for way in ways))
