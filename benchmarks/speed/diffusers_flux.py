@@ -72,9 +72,7 @@ class Pipeline:
         seed = sum(prompt.encode())
         call: dict[str, Any] = {
             "hidden_states": latent,
-            "encoder_hidden_states": self._noise((1, diffusers.logging.set_verbosity_error()  # it warns of every conversion
-
-TEXT_TOKENS, TEXT_WIDTH), seed),
+            "encoder_hidden_states": self._noise((1, TEXT_TOKENS, TEXT_WIDTH), seed),
             "pooled_projections": self._noise((1, POOLED_WIDTH), seed + 1),
             "timestep": torch.full((1,), time).to(latent),
             "img_ids": self._places().to(latent),
