@@ -84,7 +84,7 @@ def child(way: str, files: list[str], steps: int, options: argparse.Namespace, r
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         pipe(prompts[0], SEED, 1)  # whatever happens once per process
         output = str(Path(folder) / "merged.safetensors")
-        before = resident(options.device)
+        before = machine.memory_now(options.device)
         machine.synchronize(options.device)
         started = CLOCKS[options.clock]()
         if way == "paper":
@@ -92,25 +92,7 @@ def child(way: str, files: list[str], steps: int, options: argparse.Namespace, r
         else:
             ours(pipe, files, prompts, steps, output, CONTEXT if "context" in way else 0, "refined" in way)
         machine.synchronize(options.device)
-        report.send((CLOCKS[options.clock]() - started, peak(options.device) - before))
-
-
-def resident(device: str) -> int:
-    """Bytes that the process has now, of the GPU if that computes; the peak is counted from here."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else status("VmHWM")
-
-
-def status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+        report.send((CLOCKS[options.clock]() - started, machine.memory_peak(options.device) - before))
 
 
 def run_child(context: Any, *arguments: Any) -> tuple[float, int]:

@@ -42,6 +42,25 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def memory_now(device: str = "cpu") -> int:
+    """Bytes that this process has, on the GPU if that computes. `memory_peak` counts from here. Linux, for /proc."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def memory_peak(device: str = "cpu") -> int:
+    """The most bytes that this process had since `memory_now`."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
 def _processor() -> str:
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
