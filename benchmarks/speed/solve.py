@@ -28,12 +28,12 @@ def sites_of(rows: int) -> int:
     return max(2, min(8, 2048 // rows))
 
 
-def calibration(count: int, rank: int, context: int, width: int) -> Calibration:
-    """Of `count` LoRAs on square layers."""
+def calibration(count: int, rank: int, context: int, width: int, sites: int = 0) -> Calibration:
+    """Of `count` LoRAs on so many square layers, or on `sites_of` their rows."""
     torch.manual_seed(0)
     subspaces, sums = {}, {}
     rows = torch.linalg.qr(torch.randn(width, max(context, 1)))[0].mT
-    for number in range(sites_of(count * rank + context)):
+    for number in range(sites or sites_of(count * rank + context)):
         updates = [LowRankUpdate(torch.randn(rank, width) / width**0.5, torch.randn(width, rank)) for _ in range(count)]
         space = Subspace.join(updates)
         space = space.with_context(rows) if context else space
