@@ -1,36 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long SSR Solve takes: merges of many sites from statistics that are there, by total rank and size of the result.
 
-    python benchmarks/speed/solve.py [--sites 500] [--width 3072]
+    python benchmarks/speed/solve.py [--sites 500] [--width 3072] [--cases 0 1 2]
 
-Statistics and LoRAs are random; the time does not depend on their values. Every case is run once to warm up and three
-times to measure, interleaved; the table has medians of seconds for all sites.
+Statistics and LoRAs are random; the time does not depend on their values. Every case is run once to warm up and then
+measured, both sizes in turn: the joint rank, and the rank of one LoRA. Only some sites of each case are really merged,
+the time grows in proportion; medians of seconds for all sites. Memory is the peak above what was there before, for the
+sites that were merged; what it takes beside the result does not grow with their number.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import machine
 from ssr_core import Calibration, Lora, LowRankUpdate, MergeSettings, Site, Subspace, SufficientStatistics, merge
+from timing import CLOCKS, Way, interleaved
 
-MEASURED = 20  # sites of each case that are really merged; the time grows in proportion
-CASES = ((2, 32, 0), (2, 64, 0), (2, 64, 128), (4, 32, 128), (8, 32, 128))  # LoRAs, rank of each, context rows
+CASES = ((2, 32, 0), (2, 64, 0), (2, 64, 128), (4, 64, 128), (4, 128, 128), (8, 128, 128))
+"""LoRAs, rank of each, context rows"""
 
 
-def calibration(count: int, rank: int, context: int, width: int) -> Calibration:
-    """Of `count` LoRAs on MEASURED square layers."""
+def sites_of(rows: int) -> int:
+    """How many sites are really merged."""
+    return max(2, min(8, 2048 // rows))
+
+
+def calibration(count: int, rank: int, context: int, width: int, sites: int = 0) -> Calibration:
+    """Of `count` LoRAs on so many square layers, or on `sites_of` their rows."""
     torch.manual_seed(0)
     subspaces, sums = {}, {}
     rows = torch.linalg.qr(torch.randn(width, max(context, 1)))[0].mT
-    for number in range(MEASURED):
+    for number in range(sites or sites_of(count * rank + context)):
         updates = [LowRankUpdate(torch.randn(rank, width) / width**0.5, torch.randn(width, rank)) for _ in range(count)]
         space = Subspace.join(updates)
         space = space.with_context(rows) if context else space
@@ -41,32 +44,45 @@ def calibration(count: int, rank: int, context: int, width: int) -> Calibration:
     return Calibration(tuple(Lora(str(k), {}) for k in range(count)), subspaces, sums)
 
 
-def seconds(found: Calibration, rank: int) -> float:
+def solve(found: Calibration, rank: int) -> object:
     for space in found.subspaces.values():  # as if for the first time
         space.__dict__.pop("energy", None)
-    started = time.perf_counter()
-    merge(found, MergeSettings(rank=rank))
-    return time.perf_counter() - started
+    return merge(found, MergeSettings(rank=rank))
+
+
+def memory(found: Calibration, rank: int) -> int:
+    before = machine.memory_now()
+    solve(found, rank)
+    return machine.memory_peak() - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sites", type=int, default=500)
     parser.add_argument("--width", type=int, default=3072)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help="numbers of the cases")
     options = parser.parse_args()
-    threads = f"{torch.get_num_threads()} threads"
+    print(machine.describe())
+    print(f"{options.sites} sites, {options.width} wide, {options.clock} clock, medians of {options.repeats}")
     print(
-        f"{platform.machine()}, {threads}, torch {torch.__version__}, CPU; {options.sites} sites, {options.width} wide"
+        f"{'LoRAs x rank':>13} {'total':>6} {'context':>8} {'joint rank, s':>14} {'size of one, s':>15}"
+        f" {'merged':>7} {'MiB, joint':>11} {'MiB, one':>9}"
     )
-    print(f"{'LoRAs x rank':>14} {'context':>8} {'full rank, s':>13} {'size of one, s':>15}")
-    for count, rank, context in CASES:
+    for count, rank, context in [CASES[number] for number in options.cases]:
         found = calibration(count, rank, context, options.width)
-        times: dict[int, list[float]] = {0: [], rank: []}
-        for _ in range(4):
-            for result in times:
-                times[result].append(seconds(found, result))
-        full, small = (statistics.median(times[r][1:]) * options.sites / MEASURED for r in (0, rank))
-        print(f"{f'{count} x {rank}':>14} {context:>8} {full:>13.1f} {small:>15.1f}")
+        merged = len(found.subspaces)
+        sizes = {"joint": 0, "one": rank}
+        ways = {name: Way(lambda found=found, size=size: solve(found, size)) for name, size in sizes.items()}
+        times = interleaved(ways, options.repeats, clock=options.clock)
+        full, small = (times.median(name) * options.sites / merged for name in sizes)
+        peaks = [memory(found, size) / 2**20 for size in sizes.values()]
+        print(
+            f"{f'{count} x {rank}':>13} {count * rank:>6} {context:>8} {full:>14.1f} {small:>15.1f}"
+            f" {merged:>7} {peaks[0]:>11.0f} {peaks[1]:>9.0f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

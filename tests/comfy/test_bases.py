@@ -4,7 +4,6 @@ The oracle is `Base.exact`: the same model with its weights de-quantized to floa
 """
 
 import importlib
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import bases
+from allocations import allocations
 from bases import Base
 from lora_kinds import lora_of
 from run_nodes import apply, collect, execute, hooks, load_lora, relative, sample, solve, task
@@ -457,45 +455,6 @@ def test_a_model_with_packed_layers_is_refused_for_what_it_is():
 
 
 # --- memory ---
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the memory of the tensors that come into being. It does not see into ComfyUI's QuantizedTensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-        self.live = self.peak = 0
-        self._known: Any = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor):
-                self._known.setdefault(given.untyped_storage(), None)
-        results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor) and result.untyped_storage() not in self._known:
-                self._count(result.untyped_storage())
-        return results
-
-    def _count(self, storage: Any) -> None:
-        self._known[storage] = None
-        self.sizes.append(storage.nbytes())
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-    def count_from(self, size: int) -> int:
-        return sum(one >= size for one in self.sizes)
-
-
-def allocations(run: Callable[[], Any]) -> Allocations:
-    with Allocations() as seen:
-        run()
-    return seen
 
 
 WIDTH = 384  # at which the smallest weight of a LoRA's layers is larger than everything a layer reads or writes
