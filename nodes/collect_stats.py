@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..ssr_core.collect import CONTEXT
 from ..ssr_core.expansion import RANK
+from . import sampling_inputs
 from .collecting import collect
 from .runs import LAST, REFINE, TOKENS, Sampling
-from .sockets import ADVANCED, CATEGORY, FIXED, SSRStats, SSRTasks, Stats, Task, say, schema
+from .sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, Stats, Task, say, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -31,33 +31,12 @@ class SSRCollectStats(io.ComfyNode):
                     "latent",
                     tooltip="An empty latent of the size you render. A batch gives more samples per prompt.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=FIXED,
-                    tooltip="Of the calibration samples' noise; the same for every LoRA.",
+                sampling_inputs.seed("Of the calibration samples' noise; the same for every LoRA."),
+                sampling_inputs.steps(
+                    "Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.", default=8
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=8,
-                    min=1,
-                    max=10000,
-                    tooltip="Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="The sampler you render with.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="The scheduler you render with.",
-                ),
+                sampling_inputs.sampler(),
+                sampling_inputs.scheduler(),
                 io.Int.Input(
                     "context",
                     default=CONTEXT,
@@ -84,15 +63,8 @@ class SSRCollectStats(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="The cfg you render with, if a negative prompt is connected.",
-                    **ADVANCED,
+                sampling_inputs.cfg(
+                    "The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED
                 ),
                 io.Int.Input(
                     "tokens",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
+from . import sampling_inputs
 from .candidates import candidates, names
 from .grid import grid
 from .picture import image_of
 from .progress import show_steps
 from .rendering import Rendering, render, scenes_of
-from .sockets import ADVANCED, CATEGORY, FIXED, LoraModelSocket, SSRTasks, Task, say, schema
+from .sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRTasks, Task, say, schema
 
 
 class SSRCompare(io.ComfyNode):
@@ -42,28 +42,11 @@ class SSRCompare(io.ComfyNode):
                     tooltip="One per line, a row each. Empty: the first calibration prompt of each LoRA. Prompts that "
                     "the merge was not calibrated on show more.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=FIXED,
-                    tooltip="Of the noise that all pictures start from.",
-                ),
+                sampling_inputs.seed("Of the noise that all pictures start from."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each picture."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="As in KSampler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="As in KSampler.",
-                ),
+                sampling_inputs.sampler("As in KSampler."),
+                sampling_inputs.scheduler("As in KSampler."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError, MergeSettings
+from . import sampling_inputs
 from .collecting import collect
 from .file_state import state_of
 from .lora_model import load_into
@@ -16,7 +16,7 @@ from .lora_stack import StackedLora, read_stack
 from .merging import AUTO, solve
 from .prompt import encode_lines
 from .runs import TOKENS, Sampling
-from .sockets import ADVANCED, CATEGORY, FIXED, LoraModelSocket, LoraStackSocket, Task, say, schema
+from .sockets import ADVANCED, CATEGORY, LoraModelSocket, LoraStackSocket, Task, say, schema
 
 PICKERS = 4
 NONE = "None"
@@ -50,49 +50,18 @@ class SSRQuickMerge(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="The cfg you render with, if a negative prompt is connected.",
-                    **ADVANCED,
+                sampling_inputs.cfg(
+                    "The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    optional=True,
-                    tooltip="The sampler you render with.",
-                    **ADVANCED,
+                sampling_inputs.sampler(optional=True, **ADVANCED),
+                sampling_inputs.scheduler(optional=True, **ADVANCED),
+                sampling_inputs.seed(
+                    "Of the calibration samples' noise; the same for every LoRA.", optional=True, **ADVANCED
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    optional=True,
-                    tooltip="The scheduler you render with.",
-                    **ADVANCED,
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=FIXED,
-                    optional=True,
-                    tooltip="Of the calibration samples' noise; the same for every LoRA.",
-                    **ADVANCED,
-                ),
-                io.Int.Input(
-                    "steps",
+                sampling_inputs.steps(
+                    "Sampling steps per prompt while calibrating. 4 to 8 are enough.",
                     default=8,
-                    min=1,
-                    max=10000,
                     optional=True,
-                    tooltip="Sampling steps per prompt while calibrating. 4 to 8 are enough.",
                     **ADVANCED,
                 ),
                 io.Int.Input(
