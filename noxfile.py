@@ -1,4 +1,4 @@
-"""One-command set-ups: `uvx nox -s demo`, `tests`, `fidelity` and `trust`, on a fresh machine and without a GPU.
+"""One-command set-ups: `uvx nox -s demo`, `tests`, `fidelity`, `trust`, `speed`, on a fresh machine and without a GPU.
 
 The sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
 COMFYUI_PATH makes them use an existing ComfyUI folder instead of fetching one; its requirements are then installed
@@ -86,6 +86,19 @@ def trust(session: nox.Session) -> None:
     env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
     for script in ("fuzz", "faults", "repeat", "soak"):
         session.run(python, f"benchmarks/trust/{script}.py", env=env, external=True)
+
+
+@nox.session(python=False)
+def speed(session: nox.Session) -> None:
+    """The speed benchmarks, one table each. `-- SCRIPT [ARGUMENTS]` runs one of them. SSR_PAPER: the paper's code."""
+    python, comfyui = set_up(session)
+    install(session, python, *group("bench"))
+    env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": threads()}
+    paper = ["--paper", os.environ["SSR_PAPER"]] if os.environ.get("SSR_PAPER") else []
+    everything = [["collect", *paper], ["memory"], ["solve"], ["use"], ["scale"]]
+    everything += [["end_to_end", *paper]] if paper else []
+    for script, *arguments in [session.posargs] if session.posargs else everything:
+        session.run(python, f"benchmarks/speed/{script}.py", *arguments, env=env, external=True)
 
 
 @nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)

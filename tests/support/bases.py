@@ -95,12 +95,12 @@ QUANTIZED: dict[str, Callable[[], StateDict]] = {
 }
 
 
-def write_gguf(path: Path, kind: str) -> None:
+def write_gguf(path: Path, kind: str, width: int = 128) -> None:
     """`kind` is a quantization that the gguf package can write, such as Q8_0."""
     gguf = importlib.import_module("gguf")
     quantization = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, "flux")
-    for name, weight in flux_state_dict().items():
+    for name, weight in flux_state_dict(width).items():
         values = weight.numpy()
         if is_big(name, weight):
             writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
@@ -134,13 +134,13 @@ def gguf_pack() -> Any:
     return sys.modules["gguf_pack"]
 
 
-def load_gguf(kind: str) -> Any:
+def load_gguf(kind: str, width: int = 128) -> Any:
     """Through ComfyUI-GGUF's own loader node."""
     node = gguf_pack().NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]()
     folder = Path(importlib.import_module("folder_paths").get_folder_paths("diffusion_models")[0])
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"tiny-{kind}.gguf"
-    write_gguf(folder / name, kind)
+    name = f"tiny-{width}-{kind}.gguf"
+    write_gguf(folder / name, kind, width)
     with torch.inference_mode():
         return node.load_unet(name)[0]
 
