@@ -28,7 +28,7 @@ from ssr_core import Lora, StatisticsCollector
 from timing import CLOCKS, Times, Way, interleaved
 
 CASES = ((2, 16, 0), (2, 32, 0), (2, 32, 64), (2, 32, 128), (4, 16, 64), (8, 16, 64), (2, 128, 64))
-"""LoRAs, rank of each, context rows"""
+"""LoRAs, rank of each, context rows. The third is the one that has a goal: 1.05 of plain sampling at most."""
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="weights in 8 bits, cast for each product")
     parser.add_argument("--paper", type=Path)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help="numbers of the cases")
+    parser.add_argument("--cases", type=int, nargs="*", default=[2, 4, 5], help="numbers of the cases")
     return parser.parse_args()
 
 
