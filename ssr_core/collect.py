@@ -17,7 +17,7 @@ from .low_rank_update import LowRankUpdate
 from .parallel import each
 from .recording import Recording
 from .refinement import Refinement
-from .requirement import LARGE, Requirement
+from .requirement import Requirement, statistics_dtype
 from .site import Site
 from .sketch import principal_rows
 from .subspace import Subspace, join_loras
@@ -47,7 +47,6 @@ class StatisticsCollector:
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
-        self._surveys = 0  # how many there were
         self._surveyed = 0  # context rows that the surveys looked for
         self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
         self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
@@ -121,7 +120,6 @@ class StatisticsCollector:
             yield recording
         finally:
             recording.close()
-        self._surveyed = max(self._surveyed, survey)
         for module, sketched in recording.sketches():
             if not torch.isfinite(sketched).all():
                 raise StatisticsError(not_finite(module))
@@ -130,8 +128,8 @@ class StatisticsCollector:
         if survey:
             followers = recording.followers
             again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
-            self.shared = again if self._surveys else followers
-            self._surveys += 1
+            self.shared = again if self._surveyed else followers
+            self._surveyed = max(self._surveyed, survey)
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
         recording.clear()
@@ -155,10 +153,9 @@ class StatisticsCollector:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """What statistics are kept in: where they grow large, rounding to float32 is the smaller evil."""
+        """What statistics are kept in."""
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
-        exact = sum(4 * len(self.loras) * size * (size + 1) for size in sizes) < LARGE
-        return torch.float64 if exact else torch.float32
+        return statistics_dtype(sizes, len(self.loras))
 
     def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
         """The memory that collecting will take, see Requirement.of."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import StatisticsError
-from .grams import Grams
+from .grams import Grams, sum_of_present
 from .subspace import Subspace
 
 
@@ -47,7 +47,7 @@ class Correction:
             raise StatisticsError(
                 "These corrections were measured with other LoRAs or strengths and cannot be added; collect them again."
             )
-        targets = tuple(_sum(a, b) for a, b in zip(self.targets, other.targets, strict=True))
+        targets = tuple(sum_of_present(a, b) for a, b in zip(self.targets, other.targets, strict=True))
         return Correction(self.grams + other.grams, targets, self.fingerprint, self.strengths)
 
     def check(self, subspace: Subspace, site: object) -> None:
@@ -56,7 +56,3 @@ class Correction:
             raise StatisticsError(f"{site}: the correction was measured with other LoRAs; collect it again.")
         if not (self.grams.is_finite() and all(bool(torch.isfinite(found).all()) for found in self.targets)):
             raise StatisticsError(f"{site}: activations of the merged model were NaN or infinite while correcting.")
-
-
-def _sum(one: Tensor, other: Tensor) -> Tensor:
-    return one + other if one.numel() and other.numel() else one if one.numel() else other

@@ -37,7 +37,7 @@ class Grams:
         return (unpack(packed, self.size) for packed in self.packed)
 
     def __add__(self, other: Grams) -> Grams:
-        return Grams(self.size, tuple(_sum(a, b) for a, b in zip(self.packed, other.packed, strict=True)))
+        return Grams(self.size, tuple(sum_of_present(a, b) for a, b in zip(self.packed, other.packed, strict=True)))
 
     def chosen(self, tasks: Sequence[int], rows: Tensor) -> Grams:
         """Of these tasks, and of these rows and columns of each."""
@@ -68,7 +68,8 @@ def unpack(packed: Tensor, size: int) -> Tensor:
     return packed.double().index_select(0, _places(size)).view(size, size)
 
 
-def _sum(one: Tensor, other: Tensor) -> Tensor:
+def sum_of_present(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two tensors of which either may be absent, that is, empty."""
     return one + other if len(one) and len(other) else one if len(one) else other
 
 

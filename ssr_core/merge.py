@@ -113,11 +113,13 @@ def merge(
     total = len(sites) + len(kept)
     spectra: dict[Site, tuple[float, ...]] = {}
     known: dict[Site, tuple[Solution, Directions]] = {}
+    remembered = 0  # bytes of these
     for site, (solution, directions) in zip(kept, each(lambda site: _with_directions(solved(site)), kept), strict=True):
         on_site(len(spectra), total)
         spectra[site] = directions.spectrum
-        if sum(found.nbytes for found, _ in known.values()) < REMEMBERED_BYTES:
+        if remembered < REMEMBERED_BYTES:
             known[site] = solution, directions
+            remembered += solution.nbytes
     costs = {
         site: len(calibration.subspaces[site].up) + calibration.subspaces[site].down[0].numel() for site in spectra
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .accumulator import SINGLE
 from .refinement import TOKENS
 from .site import Site
@@ -45,8 +47,14 @@ class Requirement:
 
 def statistics_bytes(rows: Sequence[int], tasks: int) -> int:
     """Of the Gram matrices of all sites, given the rows of each: upper triangles, in float64 unless that is LARGE."""
+    numbers = sum(tasks * size * (size + 1) // 2 for size in rows)
+    return statistics_dtype(rows, tasks).itemsize * numbers
+
+
+def statistics_dtype(rows: Sequence[int], tasks: int) -> torch.dtype:
+    """What these are kept in: where they grow large, rounding to float32 is the smaller evil."""
     exact = sum(8 * tasks * size * (size + 1) // 2 for size in rows)
-    return exact if exact < LARGE else exact // 2
+    return torch.float64 if exact < LARGE else torch.float32
 
 
 @dataclass(frozen=True)

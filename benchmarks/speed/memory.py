@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import machine
 from allocations import allocations
 from flux import flux, inputs, loras
-from ssr_core import Lora, LowRankUpdate, Requirement, Site, StatisticsCollector, Subspace, merge
+from flux_sizes import flux as real_flux
+from ssr_core import Lora, LowRankUpdate, Requirement, StatisticsCollector, merge
 
 CONTEXT = 128
 SIZES = ((2, 16), (2, 32), (4, 32), (8, 128))  # LoRAs, rank of each
@@ -139,20 +140,6 @@ def print_predictions() -> None:
                 fits = "yes" if device <= room else "no"
                 cells = f"{context:>9}{'yes' if refine else 'no':>9}{device:>13.2f}{fits:>6}{host:>11.2f}"
                 print(f"{f'{count} x {rank}':>13}{cells}")
-
-
-def real_flux(count: int, rank: int) -> Mapping[Site, Subspace]:
-    """The subspaces at the layers of Flux's 19 double and 38 single blocks, without memory."""
-    double = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072))
-    single = ((21504, 3072), (3072, 15360), (9216, 3072))
-    sizes = [size for size in double for _ in range(2 * 19)] + [size for size in single for _ in range(38)]
-    with torch.device("meta"):
-        return {
-            Site.whole(str(number), out): Subspace(
-                torch.empty(count * rank, inner), torch.empty(out, count * rank), (rank,) * count
-            )
-            for number, (out, inner) in enumerate(sizes)
-        }
 
 
 def arguments() -> argparse.Namespace:

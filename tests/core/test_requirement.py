@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssr_core import Lora, LowRankUpdate, Requirement, Site, StatisticsCollector, Subspace, merge
+from flux_sizes import flux
+from ssr_core import Lora, LowRankUpdate, Requirement, Site, StatisticsCollector, merge
 from synthetic import mlp, random, random_lora
 
 
@@ -33,20 +34,6 @@ def test_the_memory_of_statistics_is_told_to_the_byte(context, refine):
     for correction in calibration.corrections.values():
         kept += correction.grams.nbytes + sum(target.nbytes for target in correction.targets)
     assert need.host == kept
-
-
-def flux(tasks: int, rank: int) -> dict[Site, Subspace]:
-    """The layers of Flux, without memory."""
-    double = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072))
-    single = ((21504, 3072), (3072, 15360), (9216, 3072))
-    sizes = [size for size in double for _ in range(2 * 19)] + [size for size in single for _ in range(38)]
-    with torch.device("meta"):
-        return {
-            Site.whole(str(number), out): Subspace(
-                torch.empty(tasks * rank, inputs), torch.empty(out, tasks * rank), (rank,) * tasks
-            )
-            for number, (out, inputs) in enumerate(sizes)
-        }
 
 
 def test_eight_loras_of_rank_128_fit_beside_an_fp8_flux_on_a_card_of_24_gb():
