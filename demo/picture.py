@@ -11,7 +11,7 @@ from types import ModuleType
 
 from PIL import Image
 
-GRID = Path(__file__).resolve().parents[1] / "nodes" / "grid.py"
+GRID = Path(__file__).resolve().parents[1] / "nodes" / "pictures" / "grid.py"
 
 
 def grid(

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hosting.server import ComfyServer, Event, Run, convert_ui_to_api, prepare_base_directory
+
 from . import graphs, picture
 from .scenes import ERROR_SEEDS, LORAS, ROWS
-from .server import ComfyServer, Event, Run, convert_ui_to_api, prepare_base_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "demo" / "assets"

@@ -1,4 +1,6 @@
-"""The nodes of this pack. Each is a file; what they share are the values in `sockets`.
+"""The nodes of this pack. Each is a file here; what they call lies in the folders, in the order of the data flow.
+
+    schema -> reading -> calibrating -> writing -> pictures
 
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
 

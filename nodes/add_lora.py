@@ -9,8 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
-from .file_state import state_of
-from .sockets import CATEGORY, LoraModelSocket, SSRTasks, Task, schema
+from .reading.file_state import state_of
+from .reading.task import Task
+from .schema.sockets import CATEGORY, LoraModelSocket, SSRTasks, schema
 
 NONE = "(use the lora input)"
 

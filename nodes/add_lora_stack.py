@@ -8,9 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
-from .lora_stack import read_stack
-from .prompt import encode_lines
-from .sockets import CATEGORY, LoraStackSocket, SSRTasks, Task, schema
+from .calibrating.prompt import encode_lines
+from .reading.lora_stack import read_stack
+from .reading.task import Task
+from .schema.sockets import CATEGORY, LoraStackSocket, SSRTasks, schema
 
 
 class SSRAddLoRAStack(io.ComfyNode):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ssr_core import Calibration, StatisticsError
-from ..ssr_core.lora import find_order
-from .provenance import with_collections
-from .sockets import CATEGORY, SSRStats, Stats, schema
+from ..ssr_core.lora.lora import find_order
+from .calibrating.provenance import with_collections
+from .calibrating.stats import Stats
+from .schema.sockets import CATEGORY, SSRStats, schema
 
 
 class SSRAddStats(io.ComfyNode):

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .keys import TEXT_ENCODER
-from .lora_model import load_into
-from .sockets import CATEGORY, LoraModelSocket, say, schema
+from .reading.keys import TEXT_ENCODER
+from .schema.sockets import CATEGORY, LoraModelSocket, say, schema
+from .writing.lora_model import load_into
 
 
 class SSRApply(io.ComfyNode):

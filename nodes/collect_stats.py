@@ -6,12 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ssr_core.collect import CONTEXT
-from ..ssr_core.expansion import RANK
-from . import sampling_inputs
-from .collecting import collect
-from .runs import LAST, REFINE, TOKENS, Sampling
-from .sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, Stats, Task, say, schema
+from ..ssr_core.lora.expansion import RANK
+from ..ssr_core.measure.collector import CONTEXT
+from .calibrating.collect import collect
+from .calibrating.runs import LAST, REFINE, TOKENS, Sampling
+from .calibrating.stats import Stats
+from .reading.task import Task
+from .schema import inputs
+from .schema.sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, say, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -31,12 +33,10 @@ class SSRCollectStats(io.ComfyNode):
                     "latent",
                     tooltip="An empty latent of the size you render. A batch gives more samples per prompt.",
                 ),
-                sampling_inputs.seed("Of the calibration samples' noise; the same for every LoRA."),
-                sampling_inputs.steps(
-                    "Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.", default=8
-                ),
-                sampling_inputs.sampler(),
-                sampling_inputs.scheduler(),
+                inputs.seed("Of the calibration samples' noise; the same for every LoRA."),
+                inputs.steps("Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.", default=8),
+                inputs.sampler(),
+                inputs.scheduler(),
                 io.Int.Input(
                     "context",
                     default=CONTEXT,
@@ -63,9 +63,7 @@ class SSRCollectStats(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
                 ),
-                sampling_inputs.cfg(
-                    "The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED
-                ),
+                inputs.cfg("The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED),
                 io.Int.Input(
                     "tokens",
                     default=TOKENS,

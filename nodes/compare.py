@@ -7,13 +7,14 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
-from . import sampling_inputs
-from .candidates import candidates, names
-from .grid import grid
-from .picture import image_of
-from .progress import show_steps
-from .rendering import Rendering, render, scenes_of
-from .sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRTasks, Task, say, schema
+from .calibrating.progress import show_steps
+from .pictures.candidates import candidates, names
+from .pictures.grid import grid
+from .pictures.picture import image_of
+from .pictures.rendering import Rendering, render, scenes_of
+from .reading.task import Task
+from .schema import inputs
+from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRTasks, say, schema
 
 
 class SSRCompare(io.ComfyNode):
@@ -42,11 +43,11 @@ class SSRCompare(io.ComfyNode):
                     tooltip="One per line, a row each. Empty: the first calibration prompt of each LoRA. Prompts that "
                     "the merge was not calibrated on show more.",
                 ),
-                sampling_inputs.seed("Of the noise that all pictures start from."),
+                inputs.seed("Of the noise that all pictures start from."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each picture."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."),
-                sampling_inputs.sampler("As in KSampler."),
-                sampling_inputs.scheduler("As in KSampler."),
+                inputs.sampler("As in KSampler."),
+                inputs.scheduler("As in KSampler."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,

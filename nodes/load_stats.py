@@ -7,10 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
-from .file_state import state_of
-from .sockets import CATEGORY, SSRStats, SSRTasks, Stats, Task, say, schema
-from .stats_file import load
-from .stats_folder import find, listed
+from .calibrating.stats import Stats
+from .reading.file_state import state_of
+from .reading.task import Task
+from .schema.sockets import CATEGORY, SSRStats, SSRTasks, say, schema
+from .writing.stats_file import load
+from .writing.stats_folder import find, listed
 
 
 class SSRLoadStats(io.ComfyNode):

@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .prompt import encode_lines
-from .sockets import CATEGORY, schema
+from .calibrating.prompt import encode_lines
+from .schema.sockets import CATEGORY, schema
 
 
 class SSRPrompts(io.ComfyNode):

@@ -8,15 +8,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError, MergeSettings
-from . import sampling_inputs
-from .collecting import collect
-from .file_state import state_of
-from .lora_model import load_into
-from .lora_stack import StackedLora, read_stack
-from .merging import AUTO, solve
-from .prompt import encode_lines
-from .runs import TOKENS, Sampling
-from .sockets import ADVANCED, CATEGORY, LoraModelSocket, LoraStackSocket, Task, say, schema
+from .calibrating.collect import collect
+from .calibrating.prompt import encode_lines
+from .calibrating.runs import TOKENS, Sampling
+from .reading.file_state import state_of
+from .reading.lora_stack import StackedLora, read_stack
+from .reading.task import Task
+from .schema import inputs
+from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, LoraStackSocket, say, schema
+from .writing.lora_model import load_into
+from .writing.merging import AUTO, solve
 
 PICKERS = 4
 NONE = "None"
@@ -50,15 +51,11 @@ class SSRQuickMerge(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
                 ),
-                sampling_inputs.cfg(
-                    "The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED
-                ),
-                sampling_inputs.sampler(optional=True, **ADVANCED),
-                sampling_inputs.scheduler(optional=True, **ADVANCED),
-                sampling_inputs.seed(
-                    "Of the calibration samples' noise; the same for every LoRA.", optional=True, **ADVANCED
-                ),
-                sampling_inputs.steps(
+                inputs.cfg("The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED),
+                inputs.sampler(optional=True, **ADVANCED),
+                inputs.scheduler(optional=True, **ADVANCED),
+                inputs.seed("Of the calibration samples' noise; the same for every LoRA.", optional=True, **ADVANCED),
+                inputs.steps(
                     "Sampling steps per prompt while calibrating. 4 to 8 are enough.",
                     default=8,
                     optional=True,

@@ -9,9 +9,10 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..ssr_core import MergeSettings, Ridge, advise, find_conflict
-from .charts import chart
-from .sockets import ADVANCED, CATEGORY, SSRStats, Stats, schema
-from .text_encoder import text_settings
+from .calibrating.stats import Stats
+from .calibrating.text_encoder import text_settings
+from .pictures.charts import chart
+from .schema.sockets import ADVANCED, CATEGORY, SSRStats, schema
 
 
 class SSRReport(io.ComfyNode):

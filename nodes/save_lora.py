@@ -12,9 +12,9 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
-from ..ssr_core.storage import write_safetensors
-from .save_path import next_path
-from .sockets import CATEGORY, LoraModelSocket, schema
+from ..ssr_core.files.storage import write_safetensors
+from .schema.sockets import CATEGORY, LoraModelSocket, schema
+from .writing.save_path import next_path
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from .save_path import next_path
-from .sockets import CATEGORY, SSRStats, Stats, schema
-from .stats_file import save
-from .stats_folder import FOLDER, name_of
+from .calibrating.stats import Stats
+from .schema.sockets import CATEGORY, SSRStats, schema
+from .writing.save_path import next_path
+from .writing.stats_file import save
+from .writing.stats_folder import FOLDER, name_of
 
 
 class SSRSaveStats(io.ComfyNode):

@@ -7,8 +7,9 @@ import re
 from comfy_api.latest import io
 
 from ..ssr_core import MergeSettings, Ridge, SSRError, parse_rules
-from .merging import AUTO, solve
-from .sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRStats, Stats, schema
+from .calibrating.stats import Stats
+from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRStats, schema
+from .writing.merging import AUTO, solve
 
 
 class SSRSolve(io.ComfyNode):

@@ -18,29 +18,29 @@ R = rank + context rows, which belong to no task. A `Correction` holds further s
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
 """
 
-from .accumulator import Accumulator
-from .advice import advise
-from .calibration import Calibration
-from .collect import StatisticsCollector
-from .conflict import Conflict, SiteConflict, find_conflict
-from .correction import Correction
-from .diagnostics import Report, Residual, SiteReport, residuals
 from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
-from .expansion import Expansion, hadamard, kronecker, nearest
-from .files import load_lora, read_pairs, save_lora, to_state_dict
-from .lora import Lora
-from .low_rank_update import LowRankUpdate, concatenate
-from .merge import Merge, MergeSettings, merge
-from .rank import truncate
-from .recording import Recording
-from .refinement import Refinement
-from .requirement import Requirement
-from .router import Ridge, normal_equations, route, solve_router
-from .selection import Rule, check_rules, parse_rules, treatment_of
-from .site import Site, align_rows, join_rows
-from .statistics_file import load_statistics, save_statistics
-from .subspace import Subspace, join_loras
-from .sufficient_statistics import SufficientStatistics
+from .files.lora_file import load_lora, read_pairs, save_lora, to_state_dict
+from .files.statistics_file import load_statistics, save_statistics
+from .lora.expansion import Expansion, hadamard, kronecker, nearest
+from .lora.lora import Lora
+from .lora.low_rank_update import LowRankUpdate, concatenate
+from .lora.site import Site, align_rows, join_rows
+from .lora.subspace import Subspace, join_loras
+from .measure.accumulator import Accumulator
+from .measure.collector import StatisticsCollector
+from .measure.recording import Recording
+from .measure.refinement import Refinement
+from .measure.requirement import Requirement
+from .report.advice import advise
+from .report.conflict import Conflict, SiteConflict, find_conflict
+from .solve.diagnostics import Report, Residual, SiteReport, residuals
+from .solve.merge import Merge, MergeSettings, merge
+from .solve.rank import truncate
+from .solve.router import Ridge, normal_equations, route, solve_router
+from .solve.selection import Rule, check_rules, parse_rules, treatment_of
+from .statistics.calibration import Calibration
+from .statistics.correction import Correction
+from .statistics.sufficient_statistics import SufficientStatistics
 
 __all__ = [
     "Accumulator",

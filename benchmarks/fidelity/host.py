@@ -34,11 +34,12 @@ def _part(name: str) -> ModuleType:
 class nodes:
     """Modules of the pack's nodes."""
 
-    calibrate, patches, runs, sockets = (_part(f"nodes.{name}") for name in ("calibrate", "patches", "runs", "sockets"))
+    diffusion_model, runs = _part("nodes.calibrating.diffusion_model"), _part("nodes.calibrating.runs")
+    patches, task = _part("nodes.reading.patches"), _part("nodes.reading.task")
 
 
 ssr_core = _part("ssr_core")
-CONTEXT = _part("ssr_core.collect").CONTEXT
+CONTEXT = _part("ssr_core.measure.collector").CONTEXT
 LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 
 
@@ -47,4 +48,4 @@ def collect(patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: in
     sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
     runs = nodes.runs.plan(tasks, sampling, CONTEXT, nodes.runs.REFINE)
     ignore = lambda _: None  # noqa: E731
-    return nodes.calibrate.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]
+    return nodes.diffusion_model.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]

@@ -131,7 +131,7 @@ class Testbed:
         tokens, pooled = self.encoded(subject.calibration[:prompts])
         conditioning = [[t[None], {"pooled_output": p[None]}] for t, p in zip(tokens, pooled, strict=True)]
         path = folder_of(self.width) / f"{subject.file}.safetensors"
-        return host.nodes.sockets.Task(name, path, 1.0, conditioning)
+        return host.nodes.task.Task(name, path, 1.0, conditioning)
 
     def loaded(self, task: Any) -> Any:
         return host.nodes.patches.read_task(task, self.patcher)

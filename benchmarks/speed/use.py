@@ -24,8 +24,8 @@ from torch import Tensor
 
 import machine
 from ssr_core import Lora, LowRankUpdate, MergeSettings, Site, StatisticsCollector, merge
-from ssr_core.files import to_state_dict
-from ssr_core.subspace import join_loras
+from ssr_core.files.lora_file import to_state_dict
+from ssr_core.lora.subspace import join_loras
 from timing import CLOCKS, Way, interleaved
 from tiny_flux import conditioning, empty_latent, flux_linears, flux_state_dict
 

@@ -13,7 +13,7 @@ import torch
 
 import comfy_runtime as runtime
 from demo.run import ASSETS, MODELS
-from demo.server import ComfyServer, prepare_base_directory
+from hosting.server import ComfyServer, prepare_base_directory
 from tiny_flux import StateDict, flux_lora, flux_state_dict
 
 SERVER_MODEL = "tiny-flux.safetensors"
@@ -55,7 +55,7 @@ def pack(comfy_runtime: runtime.ComfyRuntime) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def pack_module(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """`pack_module("nodes.patches")` is that module of the pack. Its ssr_core is not `import ssr_core`'s."""
+    """`pack_module("nodes.reading.patches")` is that module of the pack. Its ssr_core is not `import ssr_core`'s."""
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
@@ -86,7 +86,7 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         tmp_path_factory.mktemp("comfy-server"),
         pack_root=runtime.ROOT,
         models={"diffusion_models": [files / SERVER_MODEL], "loras": [files / name for name in SERVER_LORAS]},
-        custom_nodes=[Path(__file__).parent / "test_nodes_pack"],
+        custom_nodes=[Path(__file__).parent / "nodes_pack"],
     )
     with ComfyServer(comfyui, base_directory) as running:
         yield running

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import comfy_runtime as runtime
-from demo.server import ComfyServer, prepare_base_directory
+from hosting.server import ComfyServer, prepare_base_directory
 
 pytestmark = pytest.mark.server
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import comfy_runtime as runtime
-from demo import blueprint
+from authoring import blueprint
 from demo.run import ASSETS, MODELS
 from demo.scenes import LORAS
-from demo.server import ComfyServer, Event, Interrupted, prepare_base_directory
+from hosting.server import ComfyServer, Event, Interrupted, prepare_base_directory
 from server_graphs import node
 
 pytestmark = pytest.mark.server

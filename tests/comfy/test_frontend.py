@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import comfy_runtime as runtime
-from demo import browser
-from demo.browser import Frontend
-from demo.locales import LANGUAGES, read
-from demo.server import PACK_NAME, ComfyServer, convert_ui_to_api
+from authoring.locales import LANGUAGES, read
+from hosting import browser
+from hosting.browser import Frontend
+from hosting.server import PACK_NAME, ComfyServer, convert_ui_to_api
 
 WORKFLOWS = sorted((runtime.ROOT / "workflows").glob("*.json"))
 DEMO = runtime.ROOT / "workflows" / "tiny-demo.json"

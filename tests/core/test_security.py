@@ -80,7 +80,7 @@ def _forbidden(module: str, name: str) -> bool:
 
 
 # sums statistics of processes that its caller has connected; nothing else imports it, see below
-DISTRIBUTED = ROOT / "ssr_core" / "distributed.py"
+DISTRIBUTED = ROOT / "ssr_core" / "measure" / "distributed.py"
 
 
 def test_only_scripts_of_their_own_connect_processes():

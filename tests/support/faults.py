@@ -14,7 +14,7 @@ import numpy
 import safetensors.torch
 from safetensors import SafetensorError
 
-from demo.server import ComfyError, ComfyServer, Event, Interrupted, prepare_base_directory
+from hosting.server import ComfyError, ComfyServer, Event, Interrupted, prepare_base_directory
 from tiny_flux import block_linears, flux_lora, flux_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def tiny_server(folder: Path, comfyui: Path) -> ComfyServer:
     files = folder / "files"
     files.mkdir()
     safetensors.torch.save_file(flux_state_dict(), files / "tiny-flux.safetensors")
-    packs = [ROOT / "tests" / "comfy" / name for name in ("test_nodes_pack", "trust_nodes_pack")]
+    packs = [ROOT / "tests" / "comfy" / "nodes_pack"]
     base = prepare_base_directory(
         folder / "base",
         pack_root=ROOT,

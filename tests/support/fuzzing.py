@@ -89,12 +89,14 @@ def core_readers(core: ModuleType, folder: Path) -> dict[str, Reader]:
 
 def node_readers(pack: ModuleType, model: Any) -> dict[str, Reader]:
     """Of the loaded pack, in a real ComfyUI, for `model`, the tiny Flux."""
-    patches, sockets = (importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("patches", "sockets"))
+    patches, task = (
+        importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("reading.patches", "reading.task")
+    )
     kinds = ("loha", "lokr", "lokr factors", "glora", "dora", "oft", "difference")
     sound = [*_plain(), *(safetensors.torch.save(lora_of(kind)) for kind in kinds)]
 
     def read(path: Path) -> None:
-        loaded = patches.read_tasks([sockets.Task(path.stem, path, 1.0, [])], model)[0]
+        loaded = patches.read_tasks([task.Task(path.stem, path, 1.0, [])], model)[0]
         assert all(update.is_finite() for update in loaded.model.updates.values()), "an update is not finite"
         tensors = [patch[1][0] for patch in loaded.model.patches.values()]
         assert all(torch.isfinite(tensor.float()).all() for tensor in tensors), "a patch is not finite"

@@ -24,8 +24,8 @@ def task(
     lora: StateDict, name: str = "lora", strength: float = 1.0, seeds: tuple[int, ...] = (1,), images: Any = None
 ) -> Any:
     """One LoRA to merge, with a random prompt for each seed."""
-    sockets = importlib.import_module("ssr_pack.nodes.sockets")
-    return sockets.Task(name, lora, strength, [entry for seed in seeds for entry in conditioning(seed)], images)
+    values = importlib.import_module("ssr_pack.nodes.reading.task")
+    return values.Task(name, lora, strength, [entry for seed in seeds for entry in conditioning(seed)], images)
 
 
 def collect(

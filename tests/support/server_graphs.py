@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy
 
-from demo.server import ComfyServer
+from hosting.server import ComfyServer
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Writes the files that are generated: templates, help pages, names, the blueprint."""

@@ -1,4 +1,0 @@
-"""Help pages: the prose beside this file, one section per node and language, joined with lists of inputs and outputs.
-
-`python -m demo.help` writes web/docs/ anew.
-"""

@@ -1,0 +1,129 @@
+"""Collecting: the LoRAs are read, the text encoder and the model sample with each of them, and all is measured."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError
+from ...ssr_core.lora.expansion import RANK
+from ...ssr_core.measure.collector import CONTEXT
+from ..reading.patches import read_tasks
+from ..reading.task import Task
+from .circumstances import Circumstances
+from .diffusion_model import calibrate
+from .progress import show_steps
+from .provenance import describe
+from .room import size
+from .runs import REFINE, Sampling, plan
+from .stats import Stats
+from .text_encoder import calibrate_text
+
+
+def collect(
+    model: Any,
+    tasks: tuple[Task, ...],
+    latent: dict[str, Any],
+    sampling: Sampling,
+    tell: Callable[[str], None],
+    context: int = CONTEXT,
+    refine: int = REFINE,
+    clip: Any = None,
+    expand_rank: int = RANK,
+    before: Any = None,
+    like: Stats | None = None,
+) -> Stats:
+    """Sample each task's prompts with its LoRA active, and measure.
+
+    Args:
+        tell: is told what happens, in words.
+        before: the model that samples the steps before the first that is looked at.
+        like: earlier statistics of the same LoRAs; these are then measured in the same subspaces, and add up with them.
+
+    Raises:
+        SSRError: settings that cannot be meant, or LoRAs and models that do not fit.
+        StatisticsError: `like` is of other LoRAs or of another model.
+    """
+    started = time.perf_counter()
+    if not tasks:
+        raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
+    if bare := [task.name for task in tasks if not task.conditioning]:
+        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
+    _check(sampling, before)
+    loras = read_tasks(tasks, model, clip, expand_rank)
+    if not any(lora.model.updates for lora in loras):
+        raise LoraError(
+            f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
+            "least one must. Load them with Load LoRA instead."
+        )
+    collection = Circumstances.of(model, tasks, sampling, context, refine, expand_rank)
+    if like is not None:
+        _check_likeness(like, collection, clip)
+    earlier = None if like is None else like.calibration.ordered_as([lora.lora for lora in loras])
+    encoded, text = calibrate_text(clip, loras, sampling.negative, None if like is None else like.text)
+    runs = plan(encoded, sampling, 0 if like is not None else context, refine)
+    calibration, silent = calibrate(
+        *(model, loras, runs, latent, 0 if like is not None else context),
+        on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
+        on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"),
+        on_need=lambda need: tell(_needs(need, model.load_device)),
+        before=before,
+        earlier=earlier,
+    )
+    tell(_summary(calibration, tasks, time.perf_counter() - started))
+    of_text = (None,) * len(loras) if text is None else text.loras
+    shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
+    return Stats(
+        *(tuple(shared), calibration, text, clip is not None, silent),
+        *(describe(model, loras, [collection]), (collection,)),
+    )
+
+
+def _check(sampling: Sampling, before: Any) -> None:
+    """Raise SSRError for what cannot be meant, before any LoRA is read."""
+    if sampling.cfg > 1 and not sampling.negative:
+        raise SSRError("cfg needs a negative prompt; connect one, or set cfg to 1.")
+    if sampling.seen < 1:
+        raise SSRError(
+            f"There is no step from start_at_step {sampling.start} to end_at_step {sampling.stop} "
+            f"among {sampling.steps} steps."
+        )
+    if before is not None and not sampling.start:
+        raise SSRError(
+            "model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
+            "start_at_step to where it hands over."
+        )
+
+
+def _needs(need: Requirement, device: torch.device) -> str:
+    there = f"{size(need.device)} on {device} beside the model, " if device.type != "cpu" else ""
+    text = f"Collecting takes about {there}{size(need.host)} of memory."
+    logging.info("SSR Collect Stats: %s", text)
+    return text
+
+
+def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:
+    prompts = sum(len(task.conditioning) for task in tasks)
+    return (
+        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites. "
+        f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
+    )
+
+
+def _check_likeness(like: Stats, collection: Circumstances, clip: Any) -> None:
+    """Raise StatisticsError if what is collected now could not be added to `like` afterwards."""
+    if like.model != collection.model:
+        raise StatisticsError(
+            f"The statistics at like were collected on {like.model}, but this model is {collection.model}; "
+            "statistics of different models cannot be added."
+        )
+    if like.with_clip != (clip is not None):
+        remedy = "connect clip here, too" if like.with_clip else "disconnect clip"
+        raise StatisticsError(
+            f"The statistics at like were collected with{'' if like.with_clip else 'out'} clip; {remedy}, or they "
+            "cannot be added."
+        )

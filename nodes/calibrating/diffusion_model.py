@@ -1,0 +1,97 @@
+"""Calibration: the model samples each task's prompts while a recording listens. No weight is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import comfy.model_management
+
+from ...ssr_core import (
+    Calibration,
+    LowRankUpdate,
+    Recording,
+    Requirement,
+    Site,
+    StatisticsCollector,
+    StatisticsError,
+    merge,
+)
+from ..reading.loaded_lora import LoadedLora
+from .room import check_host, itemsize
+from .runs import Kind, Run
+from .sampling import OnStep, begin, sample
+
+
+def calibrate(
+    patcher: Any,
+    loaded: Sequence[LoadedLora],
+    runs: Sequence[Run],
+    latent: dict[str, Any],
+    context: int,
+    on_step: OnStep,
+    on_run: Callable[[int], None],
+    on_need: Callable[[Requirement], None] = lambda need: None,
+    before: Any = None,
+    earlier: Calibration | None = None,
+) -> tuple[Calibration, tuple[str, ...]]:
+    """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
+
+    Args:
+        on_step: called after each sampling step with the predicted clean latent.
+        on_run: called with the number of each run before it starts.
+        on_need: called first, with the memory that all of it will take.
+        before: the model that samples the steps before the first that is looked at.
+        earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
+            refinement looks at is made from both.
+    """
+    collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
+    refine = any(run.kind is Kind.REFINE for run in runs)
+    need = collector.requirement(context, refine, itemsize(patcher))
+    on_need(need)
+    check_host(need)
+    begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
+    silent: set[str] = set()
+    updates: Mapping[Site, LowRankUpdate] = {}
+    for number, run in enumerate(runs):
+        on_run(number)
+        if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
+            collector.see(context)
+        if run.kind is Kind.REFINE and run.index == 0:
+            known = collector.calibration()
+            updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
+        with _recording(collector, run, context, updates) as recording:
+            begins = begun.get(run.index, ())
+            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begins, need.device)
+            if not recording.heard and loaded[run.index].model.updates:
+                raise StatisticsError(
+                    f"{run.task.name}: the model ran, but none of the layers this LoRA changes did. "
+                    "A node that compiles or converts the model can hide its layers; connect the model before it."
+                )
+        silent.update(recording.silent)
+    return collector.calibration(), tuple(sorted(silent))
+
+
+def _interruptible(done: int, total: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _recording(
+    collector: StatisticsCollector, run: Run, context: int, updates: Mapping[Site, LowRankUpdate]
+) -> AbstractContextManager[Recording]:
+    if run.kind is Kind.REFINE:
+        return collector.refinement(run.index, updates)
+    return collector.recording(run.index, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
+
+
+def _prepared(patcher: Any, lora: LoadedLora) -> Any:
+    """The user's own patcher where nothing has to change, else a clone that carries the task's unrouted parts."""
+    multigpu = "multigpu" in getattr(patcher, "additional_models", {})
+    if not (lora.model.patches or multigpu):
+        return patcher
+    patcher = patcher.clone()
+    if multigpu:  # hooks sit on one copy of the model, so only that one may run
+        patcher.remove_additional_models("multigpu")
+    patcher.add_patches(dict(lora.model.patches), lora.task.strength)
+    return patcher

@@ -1,0 +1,45 @@
+"""Prompt: the text behind an entry of CONDITIONING, remembered with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...ssr_core import SSRError
+
+PROMPT = "ssr_prompt"  # where the text is kept, among the options of an entry of CONDITIONING
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The text that an entry of CONDITIONING was made of."""
+
+    text: str
+    encoded: Tensor  # the entry's own tensor: a node in between that makes another has changed the meaning
+
+
+def encode(clip: Any, text: str) -> list[Any]:
+    """CONDITIONING that remembers its text."""
+    entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [[cond, {**options, PROMPT: Prompt(text, cond)}] for cond, options in entries]
+
+
+def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
+    """CONDITIONING of one entry or more for each line that is not empty.
+
+    Raises:
+        SSRError: no text encoder, or no line; names `where`.
+    """
+    if clip is None:
+        raise SSRError(f"{where}: this checkpoint brings no text encoder; load one with Load CLIP.")
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise SSRError(f"{where}: there is no prompt; write one per line.")
+    return [entry for prompt in prompts for entry in encode(clip, prompt)]
+
+
+def texts(conditioning: Sequence[Any]) -> tuple[str, ...]:
+    """The texts that are known, each once; a schedule has several entries of one text."""
+    return tuple(dict.fromkeys(options[PROMPT].text for _, options in conditioning if PROMPT in options))

@@ -1,0 +1,84 @@
+"""Runs: what is sampled to calibrate, in which order, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from ..reading.task import Task
+
+SURVEY_STEPS = 4
+REFINE = 1
+TOKENS = 1024  # of each layer and step: over a calibration, a hundred for each direction that is measured
+REFINE_STEPS = 3  # with fewer, a correction fits the few noise levels seen and is off at the others
+LAST = 10000  # a step that no schedule has
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How calibration images are sampled."""
+
+    seed: int
+    steps: int
+    sampler: str
+    scheduler: str
+    cfg: float = 1.0
+    negative: tuple[Any, ...] = ()  # CONDITIONING; counts only with a cfg above 1, as in any sampling
+    tokens: int = 0  # of each layer and step that are counted at most; 0 = all
+    start: int = 0  # the first step that is looked at; those before it are sampled unseen
+    stop: int = LAST  # the step before which sampling ends
+
+    @property
+    def end(self) -> int:
+        return min(self.stop, self.steps)
+
+    @property
+    def seen(self) -> int:
+        """How many steps are looked at."""
+        return self.end - self.start
+
+    def seed_of(self, prompt: int) -> int:
+        """Of the noise of the prompt with this number; the same for every LoRA."""
+        return (self.seed + prompt) % 2**64
+
+
+class Kind(Enum):
+    """What a run is for, in the order in which they come."""
+
+    SURVEY = "looking"  # for directions in which the layers' inputs vary
+    MEASURE = "measuring"
+    REFINE = "refining"  # comparing a first merge with the LoRA alone
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recording: some prompts of one task."""
+
+    index: int  # of the task
+    task: Task
+    prompts: list[Any]
+    sampling: Sampling
+    kind: Kind
+
+    @property
+    def steps(self) -> int:
+        return len(self.prompts) * self.sampling.seen
+
+    @property
+    def unseen(self) -> int:
+        """Steps that are sampled before those that are looked at, once for all runs of the task."""
+        once = self.task.latent is None and self.kind is Kind.MEASURE
+        return len(self.prompts) * self.sampling.start if once else 0
+
+
+def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:
+    """All prompts of every task, once more for each refinement; before, for context rows, a look at each first one."""
+    short = sampling
+    if sampling.seen == sampling.steps:
+        short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
+    looks = [Run(i, task, task.conditioning[:1], short, Kind.SURVEY) for i, task in enumerate(tasks) if context]
+    measuring = [Run(i, task, task.conditioning, sampling, Kind.MEASURE) for i, task in enumerate(tasks)]
+    refine = refine if sampling.seen >= REFINE_STEPS else 0
+    return looks + measuring + refine * [replace(run, kind=Kind.REFINE) for run in measuring]

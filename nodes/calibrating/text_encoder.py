@@ -1,0 +1,170 @@
+"""The text encoder's part: prompts encoded with each LoRA active on it, its layers measured as the model's are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeVar
+
+import comfy.lora
+import comfy.model_management
+
+from ...ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, SSRError, StatisticsCollector, merge
+from ...ssr_core.lora.site import sum_by_site
+from ..reading.loaded_lora import LoadedLora, Part
+from ..reading.network import GENERIC
+from ..reading.task import Task
+from .prompt import PROMPT
+
+T = TypeVar("T")
+
+CONTEXT = 32  # context rows of a text encoder's layer: a prompt has few tokens
+# Of the penalty for what was seldom seen. It was chosen for models that see one prompt at a few noise levels of many;
+# a text encoder knows no noise, and a prompt shows it dozens of tokens.
+SCARCITY = 0.01
+
+
+def calibrate_text(
+    clip: Any, loras: Sequence[LoadedLora], negative: Sequence[Any] = (), like: Calibration | None = None
+) -> tuple[list[Task], Calibration | None]:
+    """Encode the prompts of each task again, its LoRA active on the text encoder, and measure there.
+
+    So is `negative`, CONDITIONING for all tasks, where its text is known. With statistics that these shall be `like`,
+    they are measured in the same subspaces.
+
+    Returns the tasks with these encodings, which is what the model will see, and the statistics of the text encoder;
+    None if no LoRA changes it.
+
+    Raises:
+        SSRError: a prompt whose text is not known.
+    """
+    tasks = [lora.task for lora in loras]
+    if clip is None or not any(lora.text.updates or lora.text.patches for lora in loras):
+        return tasks, None
+    for task in tasks:
+        _check_texts(task)
+    if not any(lora.text.updates for lora in loras):
+        return [_encoded(clip, lora, negative) for lora in loras], None
+    text_loras = [lora.text_lora for lora in loras]
+    earlier = None if like is None else own_names(like).ordered_as(text_loras)
+    collector = StatisticsCollector(text_loras, None if earlier is None else earlier.subspaces)
+    encoded: list[Task] = []
+    for survey in (0,) if earlier else (CONTEXT, 0):  # first for the context rows, then to measure with them
+        encoded = []
+        for index, lora in enumerate(loras):
+            with collector.recording(index, survey) as recording:
+                recording.attach(clip.cond_stage_model)
+                encoded.append(_encoded(clip, lora, negative))
+        if survey:
+            collector.see(survey)
+    return encoded, spelt_out(collector.calibration())
+
+
+def spelt_out(calibration: Calibration) -> Calibration:
+    """Of a text encoder, with sites named as in files, which is how people know them."""
+    return _renamed(calibration, lambda module: GENERIC + module)
+
+
+def own_names(calibration: Calibration) -> Calibration:
+    """`spelt_out` undone: sites named as the text encoder names its modules."""
+    return _renamed(calibration, lambda module: module.removeprefix(GENERIC))
+
+
+def _renamed(calibration: Calibration, name: Callable[[str], str]) -> Calibration:
+    def renamed(values: Mapping[Site, T]) -> dict[Site, T]:
+        return {replace(site, module=name(site.module)): value for site, value in values.items()}
+
+    return replace(calibration, subspaces=renamed(calibration.subspaces), statistics=renamed(calibration.statistics))
+
+
+def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
+    """The merge of the text encoder's parts from what was measured."""
+    return merge(calibration, text_settings(settings))
+
+
+def text_settings(settings: MergeSettings) -> MergeSettings:
+    """Settings for the model, as they are good for the text encoder."""
+    return replace(settings, ridge=replace(settings.ridge, scarcity=SCARCITY * settings.ridge.scarcity))
+
+
+def with_common_names(parts: Sequence[Part]) -> list[Part]:
+    """Parts of files that name the text encoder's layers in several ways, with one name for each: the first one's.
+
+    Of two names that mean the same layer ComfyUI would load only one.
+    """
+    names: dict[str, str] = {}
+
+    def named(module: str) -> str:
+        return names.setdefault(_meanings().get(module, module), module)
+
+    def moved(key: str) -> str:
+        module, dot, kind = key.rpartition(".")
+        return named(module) + dot + kind
+
+    return [
+        Part(
+            {replace(site, module=named(site.module)): update for site, update in part.updates.items()},
+            {moved(key): patch for key, patch in part.patches.items()},
+        )
+        for part in parts
+    ]
+
+
+def summed(parts: Sequence[Part], strengths: Sequence[float]) -> dict[Site, LowRankUpdate]:
+    """The plain sum of the text encoder's updates, for want of statistics."""
+    return sum_by_site(
+        (site, update.scaled(strength))
+        for part, strength in zip(parts, strengths, strict=True)
+        for site, update in part.updates.items()
+    )
+
+
+def _check_texts(task: Task) -> None:
+    if any(PROMPT not in options for _, options in task.conditioning):
+        raise SSRError(
+            f"{task.name}: clip is connected, but the text of its calibration prompts is not known. Encode them with "
+            "SSR Prompts, or disconnect clip from SSR Collect Stats to have the text encoder's parts summed."
+        )
+
+
+def _encoded(clip: Any, lora: LoadedLora, negative: Sequence[Any]) -> Task:
+    """The task with its prompts as its own LoRA makes the text encoder read them."""
+    if lora.text.patches:
+        clip = clip.clone()
+        clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
+    positive, other = (
+        [encode_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative)
+    )
+    return replace(lora.task, conditioning=positive, negative=other)
+
+
+def encode_anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
+    """An entry of CONDITIONING encoded again, if its text is known and its tensor is still what the text gave.
+
+    Whatever other nodes did to it is kept: to its options as well as, then unread, to its tensor.
+    """
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    cond, options = entry
+    if PROMPT not in options:
+        return [cond, options]
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(options[PROMPT].text))
+    begins = options.get("clip_start_percent")  # of a schedule, the part that this entry is for
+    own, found = next((one for one in encoded if one[1].get("clip_start_percent") == begins), encoded[0])
+    return [own, {**options, **found}] if cond is options[PROMPT].encoded else [cond, options]
+
+
+class _ClipLayers:
+    """The names of all layers of CLIP-L and CLIP-G, for ComfyUI to tell how files spell them."""
+
+    @staticmethod
+    def state_dict() -> dict[str, None]:
+        layers = (f"{layer}.{part}" for layer in range(32) for part in comfy.lora.LORA_CLIP_MAP)
+        names = [f"transformer.text_model.encoder.layers.{layer}.weight" for layer in layers]
+        return {f"{clip}.{name}": None for clip in ("clip_l", "clip_g") for name in names}
+
+
+@cache
+def _meanings() -> dict[str, str]:
+    """By the name that a file has for a layer of CLIP-L or CLIP-G, which layer it is."""
+    return dict(comfy.lora.model_lora_keys_clip(_ClipLayers(), {}))

@@ -1,0 +1,1 @@
+"""Pictures: sheets that compare, and charts."""

@@ -1,0 +1,103 @@
+"""Rendering: a prompt to a picture, by ComfyUI's own sampling and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+from PIL import Image
+from torch import Tensor
+
+from ...ssr_core import SSRError
+from ..calibrating.prompt import PROMPT, encode
+from ..calibrating.sampling import fitting
+from ..calibrating.text_encoder import encode_anew
+from ..reading.task import Task
+from .candidates import Candidate
+from .picture import picture_of
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How pictures are sampled, as in KSampler."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a row of a comparison shows."""
+
+    label: str
+    conditioning: list[Any] | None = None  # None: the label is the prompt
+
+    def encoded(self, clip: Any) -> list[Any]:
+        """CONDITIONING as this text encoder reads the prompt, with all that other nodes did to it."""
+        if self.conditioning is None:
+            return encode(clip, self.label)
+        return [encode_anew(clip, entry) for entry in self.conditioning]
+
+
+def scenes_of(text: str, tasks: Sequence[Task]) -> list[Scene]:
+    """One per line; without any, the first calibration prompt of each LoRA.
+
+    Raises:
+        SSRError: there is none either.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    scenes = [Scene(line) for line in lines] or [_first(task) for task in tasks if task.conditioning]
+    if not scenes:
+        raise SSRError("There is no prompt to compare with; write one per line.")
+    return scenes
+
+
+def _first(task: Task) -> Scene:
+    """All entries of the first prompt: a schedule has several."""
+    first = task.conditioning[0]
+    if PROMPT not in first[1]:
+        return Scene(f"{task.name}: its first prompt", [first])
+    text = first[1][PROMPT].text
+    entries = [e for e in task.conditioning if PROMPT in e[1] and e[1][PROMPT].text == text]
+    return Scene(text, entries)
+
+
+def render(
+    candidate: Candidate,
+    scenes: Sequence[Scene],
+    negative: Sequence[Any] | None,
+    latent: dict[str, Any],
+    vae: Any,
+    how: Rendering,
+    on_step: Callable[[Tensor], None],
+) -> list[Image.Image]:
+    """A picture of each scene; of a video its middle frame. All start from the same noise.
+
+    Args:
+        negative: CONDITIONING, or None: the empty prompt.
+        latent: LATENT, empty; of a batch the first.
+    """
+    with_text = [scene.encoded(candidate.clip) for scene in scenes]
+    if negative is None:
+        against = encode(candidate.clip, "")
+    else:
+        against = [encode_anew(candidate.clip, entry) for entry in negative]
+    pictures = []
+    for positive in with_text:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        samples = fitting(candidate.model, latent)[:1]
+        sampled = comfy.sample.sample(
+            *(candidate.model, comfy.sample.prepare_noise(samples, how.seed), how.steps, how.cfg),
+            *(how.sampler, how.scheduler, positive, against, samples),
+            callback=lambda step, x0, x, total: on_step(x0),
+            disable_pbar=True,
+            seed=how.seed,
+        )
+        pictures.append(picture_of(vae.decode(sampled)))
+    return pictures

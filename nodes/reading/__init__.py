@@ -1,0 +1,1 @@
+"""Reading: LoRA files and stacks become low-rank updates of a model's layers."""

@@ -1,0 +1,226 @@
+"""A LoRA file as ComfyUI reads it, parted into what is routed and what is summed, every tensor accounted for.
+
+Which key means which weight is ComfyUI's to say, not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Site
+from ...ssr_core.files.lora_file import find_pairs
+from ...ssr_core.lora.expansion import RANK
+from ...ssr_core.lora.site import sum_by_site
+from . import adapters
+from .account import LEFT_OUT, Account, Expanded, Fate, fates_of
+from .keys import ADAPTER, TEXT_ENCODER, owner
+from .loaded_lora import LoadedLora, Part, Patch
+from .lora_file import read
+from .network import NamesOnly, Network
+from .task import Task
+
+
+def read_tasks(tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = RANK) -> list[LoadedLora]:
+    """Read the LoRAs of all tasks for `model`, a ModelPatcher, and `clip` if there is one.
+
+    Args:
+        rank: the highest of what adapters other than plain LoRA are expanded to.
+
+    Raises:
+        LoraError: damaged, half a pair, or an adapter that cannot be merged.
+        ModelMismatchError: nothing in it names a weight of this model, or sizes differ.
+    """
+    network, encoder = Network.of_model(model), None if clip is None else Network.of_text_encoder(clip)
+    return [_read_task(task, network, encoder, rank) for task in tasks]
+
+
+def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
+    """`read_tasks` of one."""
+    return read_tasks([task], model, clip, rank)[0]
+
+
+def _read_task(task: Task, network: Network, connected: Network | None, rank: int) -> LoadedLora:
+    tensors, source = read(task)
+    if not tensors:
+        raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
+    encoder = connected or _names_only(tensors, network)
+    known = {**network.key_map, **encoder.key_map}
+    # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
+    find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
+    of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
+    of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
+    fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=connected is None)
+    account = Account(fates, (*of_model.expanded, *of_text.expanded))
+    loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
+    _refuse_what_does_not_fit(loaded, network, connected)
+    return loaded
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a patch goes: a weight, or a slice of it."""
+
+    key: str
+    shape: tuple[int, ...]  # of the whole weight
+    axis: int = 0
+    start: int = 0
+    length: int = 0
+    rows: adapters.Rows | None = None  # a permutation of output rows
+
+    @classmethod
+    def of(cls, key: Any, network: Network | NamesOnly) -> Place | None:
+        """None where the network has no such weight."""
+        name, offset, rows = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
+        if not isinstance(name, str) or name not in network:
+            return None
+        shape = network.shape(name)
+        axis, start, length = offset or (0, 0, shape[0] if shape else 0)
+        return cls(name, shape, axis, start, length, rows)
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        return tuple(self.length if i == self.axis else n for i, n in enumerate(self.shape))
+
+    def site(self, out: int) -> Site:
+        module, total = self.key.removesuffix(".weight"), self.shape[0] if self.shape else out
+        return Site(module, self.start, self.start + out, total) if self.axis == 0 else Site.whole(module, total)
+
+    def narrowed(self, weight: Tensor) -> Tensor:
+        return weight.narrow(self.axis, self.start, self.length)
+
+    def widened(self, update: LowRankUpdate) -> LowRankUpdate:
+        """An update of some input columns as one of all of them."""
+        if self.axis == 0:
+            return update
+        down = update.down.new_zeros(update.rank, *self.shape[1:])
+        down.narrow(self.axis, self.start, self.length).copy_(update.down)
+        return LowRankUpdate(down, update.up)
+
+    def embedded(self, difference: Tensor) -> Tensor:
+        """A difference of the slice as one of the whole weight."""
+        if not self.shape or tuple(difference.shape) == self.shape:
+            return difference
+        whole = difference.new_zeros(self.shape)
+        self.narrowed(whole).copy_(difference)
+        return whole
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What one network gets of one file."""
+
+    part: Part
+    fates: Mapping[int, Fate]  # by the identity of the tensors that ComfyUI took
+    expanded: Sequence[Expanded]
+
+
+class _Reader:
+    """Takes the patches that ComfyUI makes of a file apart."""
+
+    def __init__(self, name: str, network: Network | NamesOnly, strength: float, rank: int) -> None:
+        self.name, self.network, self.strength, self.rank = name, network, strength, rank
+        self.pieces: list[tuple[Site, LowRankUpdate]] = []
+        self.patches: dict[str, Patch] = {}
+        self.expanded: list[Expanded] = []
+
+    def read(self, tensors: Mapping[str, Tensor]) -> _Reading:
+        fates: dict[int, Fate] = {}
+        try:
+            patches = comfy.lora.load_lora(tensors, self.network.key_map, log_missing=False)
+        except KeyError as error:
+            raise LoraError(f"{self.name} has no {error}, which an adapter in it needs; it is incomplete.") from error
+        except (RuntimeError, ValueError) as error:  # an alpha that is not one number
+            raise LoraError(f"{self.name} cannot be read ({error}); the file is damaged.") from error
+        for key, patch in patches.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            place = Place.of(key, self.network)
+            fate = Fate.UNMATCHED if place is None else self._take(place, patch)
+            fates.update((id(value), fate) for value in _tensors(patch))
+        return _Reading(Part(sum_by_site(self.pieces), self.patches), fates, self.expanded)
+
+    def _take(self, place: Place, patch: Any) -> Fate:
+        where = f"{self.name}: {place.key}"
+        if isinstance(patch, tuple) and patch[0] == "set":
+            if place.shape and place.slice_shape != place.shape:
+                raise LoraError(f"{where} replaces a slice of a weight, which cannot be merged; leave this LoRA out.")
+            self.patches[place.key] = patch
+            return Fate.REPLACES
+        kind = adapters.kind(patch)
+        target = self._target(place, kind, where)
+        flat = isinstance(patch, tuple) and patch[1][0].ndim < 2
+        if flat or not self.network.can_be_routed(place.key):
+            return self._sum(place, adapters.dense(patch, target).cpu())
+        found = adapters.low_rank(patch, target, self.rank)
+        update = self._fitted(place, found.update, where)
+        if not (update.up.any() and update.down.any()):
+            return Fate.DORMANT
+        self.pieces.append((place.site(update.out_features), update))
+        if kind == "LoRA":
+            return Fate.ROUTED
+        size = update.squared_norm() / max(found.kept, 1e-12)
+        layer = place.key.removesuffix(".weight")
+        self.expanded.append(Expanded(kind, layer, update.rank, found.kept, size, adapters.needs_base(patch)))
+        return Fate.EXPANDED
+
+    def _target(self, place: Place, kind: str, where: str) -> adapters.Target:
+        def base() -> Tensor:
+            return place.narrowed(self.network.weight(place.key, f"{where} is a {kind}, which")).clone()
+
+        return adapters.Target(place.slice_shape, place.rows, base, self.strength, self.network.device, where)
+
+    def _fitted(self, place: Place, update: LowRankUpdate, where: str) -> LowRankUpdate:
+        if not place.shape:
+            return update
+        out, *inputs = place.slice_shape
+        if update.out_features != out or update.down[0].numel() != torch.Size(inputs).numel():
+            raise ModelMismatchError(
+                f"{where} has {out} outputs and inputs {tuple(inputs)} in this model, but {update.out_features} "
+                f"and {update.in_shape} in the LoRA; it was trained for another variant of the base."
+            )
+        return place.widened(update.with_in_shape(inputs, where))
+
+    def _sum(self, place: Place, difference: Tensor) -> Fate:
+        if not difference.any():
+            return Fate.DORMANT
+        whole = place.embedded(difference)
+        if place.key in self.patches:
+            whole = whole + self.patches[place.key][1][0]
+        self.patches[place.key] = ("diff", (whole,))
+        return Fate.SUMMED
+
+
+def _names_only(tensors: Mapping[str, Tensor], network: Network) -> NamesOnly:
+    """The text encoder's part of a file, by its own names: nobody knows here what they mean."""
+    keys = [key for key in tensors if key.startswith(TEXT_ENCODER) and not owner(key, network.key_map)]
+    found = (ADAPTER.fullmatch(key) for key in keys)
+    return NamesOnly({match["name"]: f"{match['name']}.weight" for match in found if match})
+
+
+def _tensors(patch: Any) -> Iterator[Tensor]:
+    held = patch[1] if isinstance(patch, tuple) else patch.weights
+    return (value for value in held if isinstance(value, Tensor))
+
+
+def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, encoder: Network | None) -> None:
+    name, fates = loaded.task.name, loaded.account.fates
+    if loaded.model.updates or loaded.model.patches:
+        return
+    left = [key for key, fate in fates.items() if fate in LEFT_OUT and not key.startswith(TEXT_ENCODER)]
+    if left or not (loaded.text.updates or loaded.text.patches or set(fates.values()) == {Fate.DORMANT}):
+        raise ModelMismatchError(
+            f"{name} does not fit this model ({network.name}): none of its {len(left) or len(fates)} tensors "
+            f"matched, such as {(left or list(fates))[0]}; was it trained for another base?"
+        )
+    if set(fates.values()) == {Fate.DORMANT}:
+        raise LoraError(f"{name} changes nothing: all its updates are zero, or their alpha is. Leave it out.")
+    if encoder is None:
+        raise ModelMismatchError(
+            f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
+        )

@@ -1,0 +1,1 @@
+"""What the schemas of the nodes share: socket types and inputs."""

@@ -1,0 +1,1 @@
+"""Writing: statistics become a merged LoRA, on a model or in a file."""

@@ -1,0 +1,1 @@
+"""LoRAs and statistics as files."""

@@ -1,0 +1,1 @@
+"""LoRAs as low-rank updates, and the subspace that several of them span in a layer."""

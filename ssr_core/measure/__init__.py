@@ -1,0 +1,1 @@
+"""Measuring: hooks on a running model, and the sums behind them."""

@@ -1,0 +1,72 @@
+"""Accumulator: the running sum of z z^T of one task at one site, where its tokens are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..lora.subspace import Subspace
+from ..statistics.grams import Grams, pack
+from ..statistics.sufficient_statistics import SufficientStatistics
+
+PANEL = 256  # columns that are multiplied at a time: below them, half of the product is not needed
+SINGLE = 512  # rows from which sums off the CPU are kept in float32: beyond, they outgrow the model's own layers
+
+
+class Accumulator:
+    """Sums z z^T. The only thing in this package that changes; it lives as long as one run.
+
+    The sum stays on the device of z and is added to in place: neither a copy to the host nor a wait. Only its upper
+    triangle means anything.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.samples = 0
+        self._gram: Tensor | None = None
+
+    def update(self, z: Tensor) -> None:
+        """Add tokens. z: (tokens, R), float32 or float64."""
+        if self._gram is None:
+            self._gram = zeros(z.shape[1], z.shape[1], device=z.device, dtype=_sum_dtype(z))
+        # float64 throughout where it is cheap; elsewhere the product in float32 and only the sum in float64
+        z = z.double() if z.device.type == "cpu" else z.float()
+        for start in range(0, z.shape[1], PANEL):
+            columns, rows = slice(start, start + PANEL), slice(0, start + PANEL)
+            panel = self._gram[rows, columns]
+            if panel.dtype == z.dtype:
+                panel.addmm_(z[:, rows].mT, z[:, columns])
+            else:
+                panel += z[:, rows].mT @ z[:, columns]
+        self.tokens += z.shape[0]
+
+    def compute(
+        self,
+        task: int,
+        subspace: Subspace,
+        levels: frozenset[float] = frozenset(),
+        dtype: torch.dtype = torch.float64,
+    ) -> SufficientStatistics:
+        """The sums so far, as statistics in which only task `task` was seen, at these noise levels.
+
+        `dtype` is what they are kept in; float32 takes half the memory.
+        """
+        tasks = range(len(subspace.ranks))
+        grams = Grams.zeros(len(tasks), len(subspace.down))
+        if self._gram is not None:
+            grams = grams.replaced(task, pack(self._gram.cpu()).to(dtype))
+        tokens = tuple(self.tokens if k == task else 0 for k in tasks)
+        samples = tuple((self.samples or self.tokens) if k == task else 0 for k in tasks)
+        seen = tuple(levels if k == task else frozenset[float]() for k in tasks)
+        return SufficientStatistics(grams, tokens, subspace.fingerprint, samples, seen)
+
+
+def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A sum to add to in place, in inference mode or outside of it, wherever it is begun."""
+    with torch.inference_mode(False):
+        return torch.zeros(*shape, device=device, dtype=dtype)
+
+
+def _sum_dtype(z: Tensor) -> torch.dtype:
+    narrow = z.device.type == "mps" or (z.device.type != "cpu" and z.shape[1] > SINGLE)
+    return torch.float32 if narrow else torch.float64

@@ -1,0 +1,194 @@
+"""StatisticsCollector: runs LoRAs on a model one at a time and gathers their statistics, without touching a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraError, StatisticsError
+from ..lora.lora import Lora
+from ..lora.low_rank_update import LowRankUpdate
+from ..lora.site import Site
+from ..lora.subspace import Subspace, join_loras
+from ..parallel import each
+from ..statistics.calibration import Calibration, check_task
+from ..statistics.correction import Correction
+from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
+from .recording import Recording
+from .refinement import Refinement
+from .requirement import Requirement, statistics_dtype
+from .sketch import principal_rows
+
+CONTEXT = 128  # context rows per layer
+
+
+class StatisticsCollector:
+    """Collects the statistics of K LoRAs on one model.
+
+    >>> collector = StatisticsCollector([cat, dog])
+    >>> for task, batch in enumerate(batches):
+    ...     with torch.no_grad(), collector.watching(model, task):  # LoRA `task` is active inside
+    ...         model(**batch)
+    >>> calibration = collector.calibration()
+    """
+
+    def __init__(self, loras: Sequence[Lora], subspaces: Mapping[Site, Subspace] | None = None) -> None:
+        """`subspaces` of an earlier calibration of the same LoRAs, so that the statistics of both add up."""
+        if not loras:
+            raise LoraError("There is no LoRA to collect statistics for; give at least one.")
+        self.loras = tuple(loras)
+        self.subspaces = dict(subspaces or join_loras(loras))
+        if not self.subspaces:
+            raise LoraError(f"None of {', '.join(lora.name for lora in loras)} holds a low-rank update.")
+        self._statistics: dict[Site, SufficientStatistics] = {}
+        self._corrections: dict[Site, Correction] = {}
+        self._names: dict[str, str] = {}
+        self._surveyed = 0  # context rows that the surveys looked for
+        self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
+
+    @contextmanager
+    def watching(self, model: nn.Module, task: int) -> Iterator[Recording]:
+        """Inside the block LoRA `task` is active on `model` and its tokens are counted.
+
+        A transaction: statistics are added only if the block ends without an exception. Hooks always come off.
+
+        Raises:
+            ModelMismatchError: a LoRA writes to a layer that the model lacks or that has another size.
+            StatisticsError: activations were not finite.
+        """
+        with self.recording(task) as recording:
+            recording.attach(model)
+            yield recording
+
+    @contextmanager
+    def surveying(self, model: nn.Module, task: int, rows: int = CONTEXT) -> Iterator[Recording]:
+        """Like `watching`, but to find up to `rows` context rows per layer. A short run of every task will do.
+
+        Call it for each task before the first `watching`; then `see` fixes the rows.
+        """
+        with self.recording(task, rows) as recording:
+            recording.attach(model)
+            yield recording
+
+    @contextmanager
+    def refining(self, model: nn.Module, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
+        """Compare a merge, given by its updates, with LoRA `task` alone; a second merge then makes up for the first.
+
+        >>> with torch.no_grad(), collector.refining(model, task, merge(collector.calibration()).updates) as run:
+        ...     with run.alone():
+        ...         model(**batch)
+        ...     with run.merged():
+        ...         model(**batch)
+        """
+        with self.refinement(task, updates) as refinement:
+            refinement.attach(model)
+            yield refinement
+
+    @contextmanager
+    def refinement(self, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
+        """Like `refining`, for hosts that decide themselves when the hooks go on and off."""
+        check_task(task, self.loras)
+        known = {self._renamed(site): site for site in self.subspaces}
+        ours = {known.get(site, site): update for site, update in updates.items()}
+        refinement = Refinement(self.subspaces, ours, task, [lora.strength for lora in self.loras])
+        try:
+            yield refinement
+        finally:
+            refinement.close()
+        found = dict(refinement.corrections())
+        refinement.clear()
+        self._corrections.update(
+            {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
+        )
+
+    @contextmanager
+    def recording(self, task: int, survey: int = 0, tokens: int = 0) -> Iterator[Recording]:
+        """Like `watching`, for hosts that decide themselves when the hooks go on (`attach`) and off (`detach`).
+
+        `survey` makes it one of `surveying`, with so many context rows. `tokens` of each layer and forward pass are
+        counted at most, chosen at random; 0 = all.
+        """
+        check_task(task, self.loras)
+        strength = self.loras[task].strength
+        recording = Recording(self.subspaces, task, strength, survey, tokens, self.shared, self._dtype)
+        try:
+            yield recording
+        finally:
+            recording.close()
+        for module, sketched in recording.sketches():
+            if not torch.isfinite(sketched).all():
+                raise StatisticsError(not_finite(module))
+            known = self.surveys.get(module)
+            self.surveys[module] = sketched.float() if known is None else known + sketched.float()
+        if survey:
+            followers = recording.followers
+            again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
+            self.shared = again if self._surveyed else followers
+            self._surveyed = max(self._surveyed, survey)
+        self._statistics.update(self._sums_with(recording))
+        self._names.update(recording.names)
+        recording.clear()
+
+    def see(self, rows: int = CONTEXT) -> None:
+        """Give every subspace the context rows that the surveys found, or the first `rows` of them."""
+        if self._statistics:
+            raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
+        rows = min(rows, self._surveyed)
+        of_leader: dict[str, list[Site]] = {}
+        for site, space in self.subspaces.items():
+            if space.is_routed:
+                of_leader.setdefault(self.shared.get(site.module, site.module), []).append(site)
+        seen = [module for module in of_leader if module in self.surveys]
+        # a survey is large, and goes as soon as its rows are found
+        found = each(lambda module: principal_rows(self.surveys.pop(module).double(), rows), seen)
+        for module, directions in zip(seen, found, strict=True):
+            for site in of_leader[module]:
+                self.subspaces[site] = self.subspaces[site].with_context(directions)
+        self.surveys.clear()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What statistics are kept in."""
+        sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
+        return statistics_dtype(sizes, len(self.loras))
+
+    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
+        """The memory that collecting will take, see Requirement.of."""
+        return Requirement.of(self.subspaces, context, refine, itemsize)
+
+    def calibration(self) -> Calibration:
+        """Everything collected so far. Sites carry the names of the model's modules."""
+        renamed = self._renamed
+        return Calibration(
+            tuple(self._views(task) for task in range(len(self.loras))),
+            {renamed(site): space for site, space in self.subspaces.items()},
+            {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
+            {renamed(site): correction for site, correction in self._corrections.items()},
+        )
+
+    def _views(self, task: int) -> Lora:
+        """The LoRA with its factors where the joint subspaces keep them, so that nothing is in memory twice."""
+        lora = self.loras[task]
+        updates = {}
+        for site, update in lora.updates.items():
+            space = self.subspaces.get(site)  # None where another LoRA cuts the site into slices
+            updates[site] = space.task(task) if space is not None and space.ranks[task] == update.rank else update
+        return replace(lora, updates=updates)
+
+    def _renamed(self, site: Site) -> Site:
+        return Site(self._names.get(site.module, site.module), site.start, site.stop, site.out_features)
+
+    def _sums_with(self, recording: Recording) -> dict[Site, SufficientStatistics]:
+        sums = {}
+        for site, seen in recording.statistics():
+            seen.check(self.subspaces[site], site)
+            sums[site] = self._so_far(site) + seen
+        return sums
+
+    def _so_far(self, site: Site) -> SufficientStatistics:
+        return self._statistics.get(site) or SufficientStatistics.empty(self.subspaces[site])

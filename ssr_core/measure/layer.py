@@ -1,0 +1,216 @@
+"""How a layer turns inputs into tokens: linear layers and convolutions of 1 to 3 dimensions, in bounded pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ModelMismatchError
+
+CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
+WIDENED = ("cpu", "mps")  # where half precision is computed in float32: they have no fast product with a wide result
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A `down` where a layer computes, in its layout and precision."""
+
+    down: Tensor  # (rank, in, *kernel); twice as many rows where half precision alone would not hold them
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedUp:
+    """An `up` where a layer computes: `scale` times `matrix`."""
+
+    matrix: Tensor  # (out, rank)
+    scale: float
+
+    @classmethod
+    def of(cls, up: Tensor, where: tuple[torch.device, torch.dtype], strength: float = 1.0) -> PlacedUp:
+        device, dtype = where
+        if dtype != torch.float16:
+            return cls(up.to(device, dtype), strength)
+        # the smallest values of many LoRAs are below what float16 has in full: brought near 1, they are not
+        power = 2.0 ** math.frexp(float(up.abs().max()))[1]
+        return cls((up.float() / power).to(device, dtype), strength * power)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or convolution module, read by its weight's shape: quantized layers are no nn.Linear."""
+
+    module: Any  # an nn.Module with a weight; Any because hosts wrap linear layers in classes of their own
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.weight_shape[2:] and getattr(self.module, "groups", 1) != 1:
+            raise ModelMismatchError(f"{self.name} is a grouped convolution, which cannot be merged by routing.")
+        if getattr(self.module, "transposed", False):
+            raise ModelMismatchError(f"{self.name} is a transposed convolution, which cannot be merged by routing.")
+        if len(self.weight_shape) not in (2, *_CONV):
+            raise ModelMismatchError(
+                f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer."
+            )
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out, in) or (out, in, *kernel)"""
+        return tuple(self.module.weight.shape)
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.weight_shape) > 2
+
+    def place(self, down: Tensor, where: tuple[torch.device, torch.dtype]) -> Placed:
+        """A `down` in this layer's own layout, ready for `project`."""
+        device, dtype = where
+        down = down.reshape(-1, *self.weight_shape[1:])
+        near = down.to(dtype)
+        if dtype.itemsize >= 4 or torch.equal(near.float(), down.float()):
+            return Placed(near.to(device), len(down))
+        # statistics are to be of `down` itself: what rounding takes from it is a second set of rows
+        return Placed(torch.cat([near, (down.float() - near.float()).to(dtype)]).to(device), len(down))
+
+    def project(self, x: Tensor, placed: Placed) -> Tensor:
+        """z = down x for every token: (tokens, R), at least float32. Convolutions have tokens at output positions."""
+        z = self._convolved(x, placed.down) if self.is_conv else _wide_product(x, placed.down.mT)
+        return z if len(placed.down) == placed.rank else z[:, : placed.rank] + z[:, placed.rank :]
+
+    def project_some(self, x: Tensor, placed: Placed, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+        """`project` for the tokens with these indices only, computed in `dtype`."""
+        if not self.is_conv:
+            return self.project(x.reshape(-1, x.shape[-1]).index_select(0, chosen).to(dtype), placed)
+        pieces = (self.project(piece.to(dtype), placed) for piece in self._images(x))
+        return torch.cat(list(pieces)).index_select(0, chosen)
+
+    def pieces(self, x: Tensor, output: Tensor, rank: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of x in `dtype`, with the view of `output` (..., out) that holds the same tokens.
+
+        Neither a piece that had to be converted nor its signal of `rank` rows takes more than CHUNK_BYTES in float32;
+        only images of a convolution are not divided.
+        """
+        if self.is_conv:
+            written = self._batched(output).movedim(1, -1)
+            images = self._images(x)
+            for piece, there in zip(images, written.split([len(image) for image in images]), strict=True):
+                yield piece.to(dtype), there
+            return
+        tokens, written = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
+        widest = max(x.shape[-1] if x.dtype != dtype else 0, 2 * rank)  # the signal may be summed in float64
+        size = max(1, CHUNK_BYTES // (4 * widest))
+        for piece, there in zip(tokens.split(size), written.split(size), strict=True):
+            yield piece.to(dtype), there
+
+    def positions(self, output: Tensor) -> int:
+        """How many tokens an output holds."""
+        return output.numel() // self.weight_shape[0]
+
+    def outputs(self, output: Tensor) -> Tensor:
+        """(tokens, out)"""
+        if self.is_conv:
+            output = self._batched(output).movedim(1, -1)
+        return output.reshape(-1, output.shape[-1])
+
+    def samples(self, x: Tensor) -> int:
+        """The size of the batch: each of its entries is one image at one step."""
+        return len(x) if x.ndim >= len(self.weight_shape) else 1
+
+    def inputs(self, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Pieces of x, (tokens, in), in `dtype`; of a convolution, what it sees at each input position."""
+        if self.is_conv:
+            yield from (image.to(dtype).movedim(1, -1).flatten(0, -2) for image in self._images(x))
+            return
+        tokens = x.reshape(-1, x.shape[-1])
+        size = len(tokens) if x.dtype == dtype else CHUNK_BYTES // (4 * x.shape[-1])
+        yield from (piece.to(dtype) for piece in tokens.split(max(1, size)))
+
+    def seen(self, x: Tensor, chosen: Tensor | None) -> Iterator[Tensor]:
+        """`inputs` at least in float32, for a linear layer those of the tokens with these indices."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if chosen is not None and not self.is_conv:
+            x = x.reshape(-1, x.shape[-1]).index_select(0, chosen)
+        return self.inputs(x, dtype)
+
+    def writable(self, x: Tensor, output: Tensor) -> Tensor:
+        """`output` itself if nobody else can hold it, else a copy: an update is added to it in place."""
+        alone = len(self.module._forward_hooks) == 1  # a hook of somebody else may have kept it
+        fresh = output.is_contiguous() and output.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        plain = not output.requires_grad and output.is_inference() <= torch.is_inference_mode_enabled()
+        return output if alone and fresh and plain else output.clone(memory_format=torch.contiguous_format)
+
+    def _convolved(self, x: Tensor, down: Tensor) -> Tensor:
+        module, padding = self.module, self.module.padding
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        z = _CONV[down.ndim](x, down, stride=module.stride, padding=padding, dilation=module.dilation)
+        z = z.movedim(1, -1).flatten(0, -2)
+        return z if z.dtype.itemsize >= 4 else z.float()
+
+    def _images(self, x: Tensor) -> tuple[Tensor, ...]:
+        images = self._batched(x)
+        return images.split(max(1, CHUNK_BYTES // (4 * images[0].numel()))) if len(images) else ()
+
+    def _batched(self, images: Tensor) -> Tensor:
+        """Inputs or outputs of a convolution, which may be one image without a batch axis."""
+        return images if images.ndim == len(self.weight_shape) else images[None]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a layer's signals are computed in: half precision only where products of it come out in float32."""
+    if x.is_floating_point() and x.dtype.itemsize == 2 and x.device.type not in WIDENED:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def fits(tokens: int, width: int) -> bool:
+    """Whether float32 values of so many tokens may be kept."""
+    return 4 * tokens * width <= CHUNK_BYTES
+
+
+def add_product(written: Tensor, z: Tensor, placed: PlacedUp) -> None:
+    """written += z up^T, in place.
+
+    Args:
+        written: (..., out), a view of an output.
+        z: (tokens, r)
+    """
+    up, scale = placed.matrix, placed.scale
+    if written.dtype == up.dtype and written.ndim == 2:
+        written.addmm_(z.to(up.dtype), up.mT, alpha=scale)
+        return
+    if written.ndim > 2:
+        written += (z.to(up.dtype) @ up.mT).reshape(written.shape).mul_(scale)
+        return
+    size = max(1, CHUNK_BYTES // (4 * len(up)))  # of a product that is wider than what it is added to
+    for there, piece in zip(written.split(size), z.split(size), strict=True):
+        there += (piece.to(up.dtype) @ up.mT).mul_(scale)
+
+
+def _wide_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix, in float32 if x is in half precision: its products are summed in float32 anyway."""
+    if x.dtype.itemsize >= 4:
+        return x @ matrix
+    if _can_write_wide(x.device, x.dtype):
+        return torch.mm(x, matrix, out_dtype=torch.float32)
+    return (x @ matrix).float()
+
+
+@cache
+def _can_write_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this backend has a product of halves that comes out in float32 (CUDA since torch 2.8)."""
+    few = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        return torch.mm(few, few, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
+        return False

@@ -1,0 +1,172 @@
+"""Refinement: one task run twice, with its LoRA alone and with the merge, and the corrections that follow."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import StatisticsError
+from ..lora.low_rank_update import LowRankUpdate
+from ..lora.site import Site
+from ..lora.subspace import Subspace
+from ..statistics.correction import Correction
+from .accumulator import zeros
+from .layer import Layer, Placed, PlacedUp, add_product
+from .recording import Recording
+from .tap import Place, Tap
+
+Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
+
+FEW = 16  # tokens of a layer that may see the same under any LoRA
+TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What one call of a layer left under the LoRA alone, to be compared with the same call under the merge."""
+
+    count: int  # tokens of its output
+    chosen: Tensor | None = None  # which of them are compared; None = all
+    tokens: Tensor | None = None  # these, (tokens, out); None = no comparison
+    x: Tensor | None = None  # its input, in order to see whether the merge changes that at all
+
+
+class Refinement(Recording):
+    """Hooks with two branches. Run the model on the same input first inside `alone`, then inside `merged`."""
+
+    def __init__(
+        self,
+        subspaces: Mapping[Site, Subspace],
+        updates: Mapping[Site, LowRankUpdate],
+        task: int,
+        strengths: Sequence[float],
+        tokens: int = TOKENS,
+    ) -> None:
+        super().__init__(subspaces, task, strengths[task], tokens=tokens)
+        self._updates, self._strengths = updates, tuple(strengths)
+        self._alone = True
+        self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
+        self._placed: dict[tuple[str, Place], Merged] = {}
+        self._waiting: dict[str, deque[Alone]] = {}  # by layer
+        # Modulation layers see the same vector under any LoRA that leaves the time embedding alone: there is nothing
+        # to make up for, and their outputs are a third of all that would be kept.
+        self._unmoved: set[Tap] = set()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the task's LoRA is active and the outputs of the layers are kept."""
+        self._alone = True
+        yield
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the merge is active and its inputs are compared with what `alone` kept.
+
+        Raises:
+            StatisticsError: a layer ran under the LoRA alone and not under the merge.
+        """
+        self._alone = False
+        try:
+            yield
+        finally:
+            self._alone = True
+        if unmatched := [name for name, waiting in self._waiting.items() if waiting]:
+            raise StatisticsError(
+                f"{len(unmatched)} layers, such as {unmatched[0]}, ran under the LoRA alone but not under the merge, "
+                "so they cannot be compared. A node that skips steps (EasyCache, TeaCache) answered for them: connect "
+                "the model before it, or collect without refinement."
+            )
+
+    def close(self) -> None:
+        super().close()
+        self._placed.clear()
+        self._waiting.clear()
+
+    def clear(self) -> None:
+        super().clear()
+        self._targets.clear()
+
+    def corrections(self) -> Iterator[tuple[Site, Correction]]:
+        """What this run adds, for each site that is routed.
+
+        Raises:
+            StatisticsError: activations were not finite.
+        """
+        for site, seen in self.statistics():
+            if site not in self._targets:
+                continue  # its layer never ran
+            space = self._subspaces[site]
+            found = self._targets[site].to("cpu", torch.float32)
+            targets = tuple(found if task == self.task else torch.zeros(0, 0) for task in range(len(space.ranks)))
+            correction = Correction(seen.grams, targets, seen.fingerprint, self._strengths)
+            correction.check(space, site)
+            yield site, correction
+
+    def _respond(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor) -> Tensor:
+        waiting = self._waiting.setdefault(layer.name, deque())
+        if self._alone:
+            result = layer.writable(x, output)
+            self._add(tap, layer, where, x, result, tap.ups(where))
+            waiting.append(self._kept(tap, layer, x, result))
+            return result
+        if not waiting:
+            raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
+        alone = waiting.popleft()
+        if alone.count != layer.positions(output):
+            raise StatisticsError(
+                f"{layer.name} saw {alone.count} tokens under the LoRA alone and {layer.positions(output)} under the "
+                "merge, so they cannot be compared. Both have to run on the same batch; or collect without refinement."
+            )
+        if alone.x is not None and torch.equal(alone.x, x):
+            self._unmoved.add(tap)
+        elif alone.tokens is not None:
+            self._compare(tap, layer, where, x, output, alone.chosen, alone.tokens)
+        result = layer.writable(x, output)
+        for site, placed, up in self._merged(tap, layer, where):
+            for piece, written in layer.pieces(x, result, placed.rank, where[1]):
+                add_product(written[..., site.start : site.stop], layer.project(piece, placed), up)
+        return result
+
+    def _kept(self, tap: Tap, layer: Layer, x: Tensor, result: Tensor) -> Alone:
+        """What has to wait for the merge."""
+        count = layer.positions(result)
+        if not tap.counted or tap in self._unmoved:
+            return Alone(count)
+        chosen = self._choice.of(count, x.device, tap.calls + tap.number)
+        tokens = layer.outputs(result)
+        kept = tokens.clone() if chosen is None else tokens.index_select(0, chosen)
+        return Alone(count, chosen, kept, x if count <= FEW else None)
+
+    def _compare(
+        self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor, chosen: Tensor | None, alone: Tensor
+    ) -> None:
+        """Add what the merge sees at the chosen tokens, and what it should write there to come to `alone`."""
+        wide = torch.promote_types(where[1], torch.float32)
+        tokens, down = layer.outputs(output), tap.own.placed(layer, where)
+        missing = alone.to(wide) - (tokens if chosen is None else tokens.index_select(0, chosen)).to(wide)
+        all_tokens = torch.arange(len(tokens), device=x.device) if chosen is None else chosen
+        z = layer.project_some(x, down, all_tokens, where[1])
+        for signal in (signal for signal in tap.signals if signal.counted):
+            part = tap.own.part(signal, z)
+            signal.sums.update(part)
+            for site in signal.sites:
+                target = self._targets.get(site)
+                if target is None:
+                    shape = (site.stop - site.start, part.shape[1])
+                    target = self._targets[site] = zeros(*shape, device=x.device, dtype=wide)
+                target.addmm_(missing[:, site.start : site.stop].mT, part)
+
+    def _merged(self, tap: Tap, layer: Layer, where: Place) -> Merged:
+        """The merge's own updates of this module, where the layer computes."""
+        known = self._placed.get((tap.module, where))
+        if known is None:
+            sites = (site for signal in tap.signals for site in signal.sites)
+            updates = ((site, self._updates[site]) for site in sites if site in self._updates)
+            known = [(site, layer.place(update.down, where), PlacedUp.of(update.up, where)) for site, update in updates]
+            self._placed[tap.module, where] = known
+        return known

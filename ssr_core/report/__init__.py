@@ -1,0 +1,1 @@
+"""What statistics tell before any merge, in numbers and in words."""

@@ -1,0 +1,1 @@
+"""What is measured: sums over tokens, and all of them together as a calibration. Values only."""

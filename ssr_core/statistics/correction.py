@@ -1,0 +1,58 @@
+"""Correction: what one site learns from the merged model's own inputs.
+
+Layers after the first see inputs that the merge has already changed. Statistics of each LoRA alone do not know of that;
+a second run does, in which the merged model walks beside the LoRA alone. Data of both runs together (Ross et al. 2011,
+"DAgger") keep the second solution from overshooting, though all layers are corrected at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import StatisticsError
+from ..lora.subspace import Subspace
+from .grams import Grams, sum_of_present
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Sums over pairs of tokens: what the merged model saw, and what would have led to the LoRA's own output.
+
+    With W the layer's weight, x what it sees under LoRA k alone and x' what it sees under the merge, the merge should
+    write t = (W + up_k down_k) x - W x' where it sees z' = down x'.
+    """
+
+    grams: Grams  # (K, R, R), sum of z' z'^T
+    targets: tuple[Tensor, ...]  # (K,) each (out, R) float32, sum of t z'^T; (0, 0) for a task that was not run
+    fingerprint: str  # of the subspace they were measured in
+    strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
+
+    @property
+    def gram(self) -> Tensor:
+        """(K, R, R) float64, unpacked at every call."""
+        return self.grams.dense()
+
+    @property
+    def target(self) -> Tensor:
+        """(K, out, R) float32, with zeros where a task was not run."""
+        shape = max((found.shape for found in self.targets), key=torch.Size.numel)
+        return torch.stack([found if found.numel() else torch.zeros(shape) for found in self.targets])
+
+    def __add__(self, other: Correction) -> Correction:
+        """The pairs of both runs together."""
+        if (self.fingerprint, self.strengths) != (other.fingerprint, other.strengths):
+            raise StatisticsError(
+                "These corrections were measured with other LoRAs or strengths and cannot be added; collect them again."
+            )
+        targets = tuple(sum_of_present(a, b) for a, b in zip(self.targets, other.targets, strict=True))
+        return Correction(self.grams + other.grams, targets, self.fingerprint, self.strengths)
+
+    def check(self, subspace: Subspace, site: object) -> None:
+        """Raise StatisticsError unless this was measured in `subspace` and is finite."""
+        if self.fingerprint != subspace.fingerprint:
+            raise StatisticsError(f"{site}: the correction was measured with other LoRAs; collect it again.")
+        if not (self.grams.is_finite() and all(bool(torch.isfinite(found).all()) for found in self.targets)):
+            raise StatisticsError(f"{site}: activations of the merged model were NaN or infinite while correcting.")
