@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..ssr_core import LoraError
 from .reading.file_state import state_of
 from .reading.task import Task
-from .schema.sockets import CATEGORY, LoraModelSocket, SSRTasks, schema
+from .schema.sockets import LoraModelSocket, SSRTasks, schema
 
 NONE = "(use the lora input)"
 
@@ -22,7 +22,6 @@ class SSRAddLoRA(io.ComfyNode):
         return schema(
             node_id="SSRAddLoRA",
             display_name="SSR Add LoRA",
-            category=CATEGORY,
             description="Adds a LoRA and its calibration prompt to those that are merged. Chain one node per LoRA.",
             search_aliases=["merge lora", "lora merge", "combine loras", "ssr merge", "multiple loras"],
             inputs=[

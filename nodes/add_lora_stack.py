@@ -11,7 +11,7 @@ from ..ssr_core import LoraError
 from .calibrating.prompt import encode_lines
 from .reading.lora_stack import read_stack
 from .reading.task import Task
-from .schema.sockets import CATEGORY, LoraStackSocket, SSRTasks, schema
+from .schema.sockets import LoraStackSocket, SSRTasks, schema
 
 
 class SSRAddLoRAStack(io.ComfyNode):
@@ -20,7 +20,6 @@ class SSRAddLoRAStack(io.ComfyNode):
         return schema(
             node_id="SSRAddLoRAStack",
             display_name="SSR Add LoRA Stack",
-            category=CATEGORY,
             description="Adds all LoRAs of a LORA_STACK, as LoRA stackers of other packs make it, to those merged.",
             search_aliases=["lora stack", "merge lora stack", "ssr merge"],
             inputs=[

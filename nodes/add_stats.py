@@ -8,7 +8,7 @@ from ..ssr_core import Calibration, StatisticsError
 from ..ssr_core.lora.lora import find_order
 from .calibrating.provenance import with_collections
 from .calibrating.stats import Stats
-from .schema.sockets import CATEGORY, SSRStats, schema
+from .schema.sockets import SSRStats, schema
 
 
 class SSRAddStats(io.ComfyNode):
@@ -21,7 +21,6 @@ class SSRAddStats(io.ComfyNode):
         return schema(
             node_id="SSRAddStats",
             display_name="SSR Add Stats",
-            category=CATEGORY,
             description="Adds statistics of the same LoRAs: more prompts, another seed, another machine. Connect the "
             "first to like of the SSR Collect Stats that makes the second. A further LoRA cannot be added this way: "
             "what it makes of the other LoRAs' prompts was never measured. Collect all again, or merge it with their "

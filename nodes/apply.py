@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .reading.keys import TEXT_ENCODER
-from .schema.sockets import CATEGORY, LoraModelSocket, say, schema
+from .schema.sockets import LoraModelSocket, say, schema
 from .writing.lora_model import load_into
 
 
@@ -17,7 +17,6 @@ class SSRApply(io.ComfyNode):
         return schema(
             node_id="SSRApply",
             display_name="SSR Apply",
-            category=CATEGORY,
             description="Applies a merged LoRA to the model. Unlike a plain loader it fails when a key does not load, "
             "and says so when parts for the text encoder wait for a clip.",
             search_aliases=["apply lora", "load lora", "ssr merge"],

@@ -13,7 +13,7 @@ from .calibrating.runs import LAST, REFINE, TOKENS, Sampling
 from .calibrating.stats import Stats
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, CATEGORY, SSRStats, SSRTasks, say, schema
+from .schema.sockets import ADVANCED, SSRStats, SSRTasks, say, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -22,7 +22,6 @@ class SSRCollectStats(io.ComfyNode):
         return schema(
             node_id="SSRCollectStats",
             display_name="SSR Collect Stats",
-            category=CATEGORY,
             description="Samples each LoRA's calibration prompts with that LoRA active and measures, layer by layer, "
             "how the LoRAs' signals overlap. The model itself is not changed. Solving again needs no new statistics.",
             search_aliases=["merge lora", "lora merge", "ssr merge", "calibrate"],

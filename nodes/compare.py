@@ -14,7 +14,7 @@ from .pictures.picture import image_of
 from .pictures.rendering import Rendering, render, scenes_of
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRTasks, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, SSRTasks, say, schema
 
 
 class SSRCompare(io.ComfyNode):
@@ -23,7 +23,6 @@ class SSRCompare(io.ComfyNode):
         return schema(
             node_id="SSRCompare",
             display_name="SSR Compare",
-            category=CATEGORY,
             description="Renders each prompt with the base model, with each LoRA alone, with all of them stacked (at "
             "their strengths and at 0.7 of them) and with the merge, all from the same noise, as one labelled grid.",
             search_aliases=["compare lora", "xy plot", "grid", "side by side", "ssr merge"],

@@ -10,7 +10,7 @@ from ..ssr_core import LoraError
 from .calibrating.stats import Stats
 from .reading.file_state import state_of
 from .reading.task import Task
-from .schema.sockets import CATEGORY, SSRStats, SSRTasks, say, schema
+from .schema.sockets import SSRStats, SSRTasks, say, schema
 from .writing.stats_file import load
 from .writing.stats_folder import find, listed
 
@@ -21,7 +21,6 @@ class SSRLoadStats(io.ComfyNode):
         return schema(
             node_id="SSRLoadStats",
             display_name="SSR Load Stats",
-            category=CATEGORY,
             description="Loads what SSR Save Stats saved: nothing is sampled. It needs the same LoRAs, in any order; "
             "their strengths may be others, and their prompts are not used.",
             search_aliases=["load statistics", "load calibration", "ssr merge"],

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .calibrating.prompt import encode_lines
-from .schema.sockets import CATEGORY, schema
+from .schema.sockets import schema
 
 
 class SSRPrompts(io.ComfyNode):
@@ -16,7 +16,6 @@ class SSRPrompts(io.ComfyNode):
         return schema(
             node_id="SSRPrompts",
             display_name="SSR Prompts",
-            category=CATEGORY,
             description="Encodes calibration prompts, one per line. A few that differ merge much better than one.",
             search_aliases=["calibration prompts", "prompt list", "ssr merge"],
             inputs=[

@@ -15,7 +15,7 @@ from .reading.file_state import state_of
 from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, LoraStackSocket, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, schema
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
 
@@ -30,7 +30,6 @@ class SSRQuickMerge(io.ComfyNode):
         return schema(
             node_id="SSRQuickMerge",
             display_name=NAME,
-            category=CATEGORY,
             description="Merges up to four LoRAs, or those of a LORA_STACK, into one and puts it on the model: SSR "
             "Prompts, SSR Add LoRA, SSR Collect Stats, SSR Solve and SSR Apply in one. Any change runs all of it "
             "again; to try settings quickly, use the nodes themselves.",

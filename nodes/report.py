@@ -12,7 +12,8 @@ from ..ssr_core import MergeSettings, Ridge, advise, find_conflict
 from .calibrating.stats import Stats
 from .calibrating.text_encoder import text_settings
 from .pictures.charts import chart
-from .schema.sockets import ADVANCED, CATEGORY, SSRStats, schema
+from .schema import inputs
+from .schema.sockets import ADVANCED, SSRStats, schema
 
 
 class SSRReport(io.ComfyNode):
@@ -21,23 +22,14 @@ class SSRReport(io.ComfyNode):
         return schema(
             node_id="SSRReport",
             display_name="SSR Report",
-            category=CATEGORY,
             description="Tells from the statistics alone, before any merge, which LoRAs disturb each other, in which "
             "blocks of the model and how much, what routing leaves of it, and what a smaller rank costs.",
             search_aliases=["lora conflict", "lora interference", "analyze lora", "cross-talk", "ssr merge"],
             is_output_node=True,
             inputs=[
                 SSRStats.Input("stats", tooltip="From SSR Collect Stats or SSR Load Stats."),
-                io.Float.Input(
-                    "ridge",
-                    default=0.01,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    round=0.0001,
-                    optional=True,
-                    tooltip="Of the merge that the stack is compared with: the ridge of SSR Solve.",
-                    **ADVANCED,
+                inputs.ridge(
+                    "Of the merge that the stack is compared with: the ridge of SSR Solve.", optional=True, **ADVANCED
                 ),
             ],
             outputs=[

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
 from ..ssr_core.files.storage import write_safetensors
-from .schema.sockets import CATEGORY, LoraModelSocket, schema
+from .schema.sockets import LoraModelSocket, schema
 from .writing.save_path import next_path
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -25,7 +25,6 @@ class SSRSaveLoRA(io.ComfyNode):
         return schema(
             node_id="SSRSaveLoRA",
             display_name="SSR Save LoRA",
-            category=CATEGORY,
             description="Saves a merged LoRA under output/loras, where Load LoRA lists it, with word of its sources.",
             search_aliases=["save lora", "export lora", "ssr merge"],
             is_output_node=True,

@@ -6,7 +6,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from .calibrating.stats import Stats
-from .schema.sockets import CATEGORY, SSRStats, schema
+from .schema.sockets import SSRStats, schema
 from .writing.save_path import next_path
 from .writing.stats_file import save
 from .writing.stats_folder import FOLDER, name_of
@@ -18,7 +18,6 @@ class SSRSaveStats(io.ComfyNode):
         return schema(
             node_id="SSRSaveStats",
             display_name="SSR Save Stats",
-            category=CATEGORY,
             description="Saves statistics under output/ssr_stats, for SSR Load Stats: solving again then needs no new "
             "calibration. The LoRAs themselves are not in the file; keep them.",
             search_aliases=["save statistics", "save calibration", "export statistics", "ssr merge"],

@@ -8,7 +8,8 @@ from comfy_api.latest import io
 
 from ..ssr_core import MergeSettings, Ridge, SSRError, parse_rules
 from .calibrating.stats import Stats
-from .schema.sockets import ADVANCED, CATEGORY, LoraModelSocket, SSRStats, schema
+from .schema import inputs
+from .schema.sockets import ADVANCED, LoraModelSocket, SSRStats, schema
 from .writing.merging import AUTO, solve
 
 
@@ -18,20 +19,13 @@ class SSRSolve(io.ComfyNode):
         return schema(
             node_id="SSRSolve",
             display_name="SSR Solve",
-            category=CATEGORY,
             description="Merges the LoRAs into one that gives each of them its own signals. "
             "Change a setting and only this node runs again.",
             search_aliases=["merge lora", "lora merge", "ssr merge", "route"],
             inputs=[
                 SSRStats.Input("stats", tooltip="From SSR Collect Stats."),
-                io.Float.Input(
-                    "ridge",
-                    default=0.01,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    round=0.0001,
-                    tooltip="How far the calibration is distrusted. More pulls the merge towards the LoRAs' mean; "
+                inputs.ridge(
+                    "How far the calibration is distrusted. More pulls the merge towards the LoRAs' mean; "
                     "raise it after short calibrations. 0.001 to 0.1 are usual.",
                 ),
                 io.Int.Input(

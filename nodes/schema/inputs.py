@@ -1,4 +1,4 @@
-"""Inputs that several nodes have: how something is sampled."""
+"""Inputs that several nodes have."""
 
 from __future__ import annotations
 
@@ -32,3 +32,7 @@ def sampler(tooltip: str = "The sampler you render with.", **more: Any) -> io.Co
 def scheduler(tooltip: str = "The scheduler you render with.", **more: Any) -> io.Combo.Input:
     options = comfy.samplers.KSampler.SCHEDULERS
     return io.Combo.Input("scheduler", options=options, default="simple", tooltip=tooltip, **more)
+
+
+def ridge(tooltip: str, **more: Any) -> io.Float.Input:
+    return io.Float.Input("ridge", default=0.01, min=0.0, max=10.0, step=0.001, round=0.0001, tooltip=tooltip, **more)

@@ -21,7 +21,8 @@ LoraStackSocket = io.Custom("LORA_STACK")
 
 
 def schema(**fields: Any) -> io.Schema:
-    """An io.Schema without the fields that an older ComfyUI does not know."""
+    """An io.Schema of this pack's category, without the fields that an older ComfyUI does not know."""
+    fields = {"category": CATEGORY, **fields}
     return io.Schema(**{key: value for key, value in fields.items() if key in io.Schema.__dataclass_fields__})
 
 

@@ -20,9 +20,10 @@ from ..errors import StatisticsError
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from ..parallel import each
-from ..solve.merge import MergeSettings, task_weights
 from ..solve.rank import Directions
 from ..solve.router import normal_equations, solve_router
+from ..solve.settings import MergeSettings
+from ..solve.weights import task_weights
 from ..statistics.calibration import Calibration
 
 

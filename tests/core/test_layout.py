@@ -20,7 +20,7 @@ CORE = {
         *("accumulator", "layer", "sketch", "choice", "tap"),
         *("recording", "refinement", "requirement", "collector", "distributed"),
     ),
-    "solve": ("router", "rank", "selection", "diagnostics", "solution", "merge"),
+    "solve": ("router", "rank", "selection", "settings", "diagnostics", "weights", "solution", "problem", "merge"),
     "report": ("conflict", "advice"),
     "files": ("storage", "peft_config", "lora_file", "entry", "statistics_file"),
 }

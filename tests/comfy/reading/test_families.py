@@ -74,7 +74,7 @@ def sample(family, model, prompt=1):
 
 def sample_hooked(family, lora, model=None):
     """The latent that a calibration run ends with, the LoRA in hooks and no weight touched."""
-    calibrate, patches, runs = map(pack_nodes, ("calibrate", "patches", "runs"))
+    calibrate, patches, runs = map(pack_nodes, ("calibrating.diffusion_model", "reading.patches", "calibrating.runs"))
     model = model_of(family) if model is None else model
     one, seen = task(family, lora), []
     plan = runs.plan([one], runs.Sampling(0, STEPS, "euler", "simple"), context=0, refine=0)
@@ -166,7 +166,7 @@ def test_a_lora_in_hooks_samples_what_it_samples_in_the_weights(family, label, c
 
 @each_spelling
 def test_every_tensor_of_a_file_is_routed(family, label):
-    account, patches = map(pack_nodes, ("account", "patches"))
+    account, patches = map(pack_nodes, ("reading.account", "reading.patches"))
     for lora in files(family, label):
         read = patches.read_task(task(family, lora), model_of(family))
         assert set(read.account.fates.values()) == {account.Fate.ROUTED}

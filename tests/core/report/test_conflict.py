@@ -19,7 +19,7 @@ from ssr_core import (
     solve_router,
 )
 from ssr_core.report.conflict import block_of
-from ssr_core.solve.merge import task_weights
+from ssr_core.solve.weights import task_weights
 from synthetic import calibration_at, collect, dense, mlp, random, random_lora, random_update
 
 SITE = Site.whole("blocks.0", 6)
