@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     """Runs the session named first with the arguments behind it; returns its exit code."""
     known, (name, *rest) = sessions(), arguments or ["--help"]
     if name not in known:
-        print("python3 run.py NAME [ARGUMENTS], where NAME is one of these:\n")
-        print("\n".join(f"  {name:<10}{line}" for name, line in known.items()))
+        lines = [f"  {session:<10}{what}" for session, what in known.items()]
+        print("python3 run.py NAME [ARGUMENTS], where NAME is one of these:", *lines, sep="\n")
         return 0 if name in ("-h", "--help") else 2
     nox = [str(environment()), "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), "--session", name, "--"]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl+C reaches nox, too, which ends in its own way; wait for it
@@ -51,7 +51,7 @@ def sessions() -> dict[str, str]:
 
 
 def environment() -> Path:
-    """The Python of an environment that has nox. Made at the first time, and again where that has broken off."""
+    """The Python of an environment that has nox. Made the first time, and again where that has broken off."""
     folder = ROOT / ".cache" / "nox-{}.{}".format(*sys.version_info)
     python, complete = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"), folder / "complete"
     if python.exists() and complete.is_file() and complete.read_text(encoding="utf-8") == NOX:
@@ -65,8 +65,9 @@ def environment() -> Path:
             return python
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"That failed: {error}", file=sys.stderr, flush=True)
-    advice = "Is the package index within reach? HTTPS_PROXY sets a proxy, PIP_INDEX_URL another index"
-    sys.exit(f"No way to an environment for nox is left. {advice} (for uv: UV_DEFAULT_INDEX)")
+    sys.exit(
+        "Is the package index within reach? Its settings: HTTPS_PROXY, PIP_INDEX_URL and, for uv, UV_DEFAULT_INDEX"
+    )
 
 
 def ways() -> list[Callable[[Path, Path], None]]:
