@@ -65,9 +65,7 @@ def environment() -> Path:
             return python
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"That failed: {error}", file=sys.stderr, flush=True)
-    sys.exit(
-        "Is the package index within reach? Its settings: HTTPS_PROXY, PIP_INDEX_URL and, for uv, UV_DEFAULT_INDEX"
-    )
+    sys.exit("Can the package index be reached? Its settings: HTTPS_PROXY, PIP_INDEX_URL and, of uv, UV_DEFAULT_INDEX")
 
 
 def ways() -> list[Callable[[Path, Path], None]]:
