@@ -94,8 +94,8 @@ def by_virtualenv(folder: Path, python: Path) -> None:
     """Without ensurepip: virtualenv brings a pip of its own. It is put aside, as systems refuse it among their own."""
     with tempfile.TemporaryDirectory() as aside:
         pip = ["-m", "pip"] if importlib.util.find_spec("pip") else [fetched_pip(Path(aside))]
-        call(sys.executable, *pip, "install", "--quiet", "--target", f"{aside}/lib", "virtualenv")
-        call(sys.executable, "-m", "virtualenv", "--quiet", folder, PYTHONPATH=f"{aside}/lib")
+        call(sys.executable, *pip, "install", "-q", "--target", aside, "virtualenv", PIP_ROOT_USER_ACTION="ignore")
+        call(sys.executable, "-m", "virtualenv", "--quiet", folder, PYTHONPATH=aside)
     call(python, "-m", "pip", "install", "--quiet", NOX)
 
 

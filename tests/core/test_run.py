@@ -133,7 +133,7 @@ def test_nothing_is_installed_into_a_system_whose_python_lacks_ensurepip(run, mo
     commands = record(monkeypatch, run)
     run.environment()
     of_the_system = [command for command in commands if command.startswith(f"{sys.executable} -m pip")]
-    assert len(of_the_system) == 1 and "install --quiet --target " in of_the_system[0]
+    assert len(of_the_system) == 1 and "install -q --target " in of_the_system[0]
 
 
 def index(monkeypatch: pytest.MonkeyPatch, run: ModuleType, wheel: bytes) -> list[str]:
@@ -160,7 +160,7 @@ def test_a_python_without_pip_runs_the_wheel_of_the_index_that_pip_is_set_to(run
     run.environment()
     assert asked[0] == "https://index.example/simple/pip/"
     assert asked[1].startswith(f"https://index.example/files/{run.PIP}")
-    assert re.search(rf"{re.escape(run.PIP)}.pip install --quiet --target .* virtualenv", commands[0])
+    assert re.search(rf"{re.escape(run.PIP)}.pip install -q --target .* virtualenv", commands[0])
 
 
 def test_a_pip_that_is_not_the_expected_one_is_not_run(run, monkeypatch, tmp_path):
