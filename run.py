@@ -35,8 +35,7 @@ def main(arguments: list[str]) -> int:
     """Runs the session named first with the arguments behind it; returns its exit code."""
     known, (name, *rest) = sessions(), arguments or ["--help"]
     if name not in known:
-        lines = [f"  {session:<10}{what}" for session, what in known.items()]
-        print("python3 run.py NAME [ARGUMENTS], where NAME is one of these:", *lines, sep="\n")
+        print("python3 run.py NAME [ARGUMENTS], NAME being", *(f"  {key:<10}{known[key]}" for key in known), sep="\n")
         return 0 if name in ("-h", "--help") else 2
     nox = [str(environment()), "-m", "nox", "--noxfile", str(ROOT / "noxfile.py"), "--session", name, "--"]
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl+C reaches nox, too, which ends in its own way; wait for it
@@ -65,7 +64,9 @@ def environment() -> Path:
             return python
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"That failed: {error}", file=sys.stderr, flush=True)
-    sys.exit("Can the package index be reached? Its settings: HTTPS_PROXY, PIP_INDEX_URL and, of uv, UV_DEFAULT_INDEX")
+    sys.exit(
+        "Can the package index be reached? Its settings are HTTPS_PROXY, PIP_INDEX_URL and, for uv, UV_DEFAULT_INDEX"
+    )
 
 
 def ways() -> list[Callable[[Path, Path], None]]:
@@ -102,6 +103,7 @@ def by_virtualenv(folder: Path, python: Path) -> None:
 def fetched_pip(folder: Path) -> Path:
     """What Python runs as pip: its wheel, from the package index into `folder`, need not be installed for that."""
     address = (os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple").rstrip("/") + "/pip/"
+    print(f"Fetching pip from {parse.urlsplit(address).hostname}", flush=True)
     with request.urlopen(address, timeout=180) as page:
         links = re.findall(rf"""href=["']([^"']*{re.escape(PIP)}[^"']*)""", page.read().decode())
     content = request.urlopen(parse.urljoin(page.url, links[0]), timeout=180).read() if links else b""
