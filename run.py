@@ -64,9 +64,7 @@ def environment() -> Path:
             return python
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"That failed: {error}", file=sys.stderr, flush=True)
-    sys.exit(
-        "Can the package index be reached? Its settings are HTTPS_PROXY, PIP_INDEX_URL and, for uv, UV_DEFAULT_INDEX"
-    )
+    sys.exit("Can the package index be reached? Settings: HTTPS_PROXY, PIP_INDEX_URL and, for uv, UV_DEFAULT_INDEX")
 
 
 def ways() -> list[Callable[[Path, Path], None]]:
