@@ -1,4 +1,4 @@
-"""One-command set-ups: `uvx nox -s demo`, `tests`, `fidelity`, `trust`, `speed`, on a fresh machine and without a GPU.
+"""One-command set-ups: `python3 run.py demo`, `tests`, `fidelity`, `trust`, `speed`; on a fresh machine, without a GPU.
 
 The sessions share one virtual environment and one ComfyUI, kept under `.cache/` (about 6 GB). The environment variable
 COMFYUI_PATH makes them use an existing ComfyUI folder instead of fetching one; its requirements are then installed
@@ -8,6 +8,7 @@ into the shared environment, never into yours.
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2024.4.15"
+nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests"]
 nox.options.error_on_missing_interpreters = True
 
@@ -69,7 +70,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def fidelity(session: nox.Session) -> None:
-    """The fidelity benchmark at width 128, or with `-- --width 384` at another. Trains its LoRAs first."""
+    """The fidelity benchmark at width 128, or with `--width 384` at another. Trains its LoRAs first."""
     python, comfyui = set_up(session)
     install(session, python, *group("bench"))
     width = session.posargs[session.posargs.index("--width") + 1] if "--width" in session.posargs else "128"
@@ -90,7 +91,7 @@ def trust(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def speed(session: nox.Session) -> None:
-    """The speed benchmarks, one table each. `-- SCRIPT [ARGUMENTS]` runs one of them. SSR_PAPER: the paper's code."""
+    """The speed benchmarks, one table each. `SCRIPT [ARGUMENTS]` runs one of them. SSR_PAPER: the paper's code."""
     python, comfyui = set_up(session)
     install(session, python, *group("bench"))
     env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": threads()}
@@ -110,7 +111,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session(venv_backend="uv|virtualenv", reuse_venv=True, default=False)
 def lint(session: nox.Session) -> None:
-    """Only ruff. `nox -s lint -- fix` formats and mends what it can."""
+    """Only ruff. With `fix` it formats and mends what it can."""
     session.install(*(requirement for requirement in group("lint") if requirement.startswith("ruff")))
     fix = "fix" in session.posargs
     session.run("ruff", "check", ".", *(["--fix"] if fix else []))
@@ -146,8 +147,12 @@ def install(session: nox.Session, python: str, *arguments: str) -> None:
 
 
 def uv() -> str:
-    """uv's program, or an empty string without it: then virtualenv (part of nox) and pip do the same, slower."""
-    return os.environ.get("UV") or shutil.which("uv") or ""
+    """uv's program, or an empty string without it: then virtualenv (part of nox) and pip do the same, slower.
+
+    A version manager's stand-in for a uv that is not installed does not count.
+    """
+    program = shutil.which(os.environ.get("UV") or "uv")
+    return program if program and not subprocess.run([program, "--version"], capture_output=True).returncode else ""
 
 
 def given_comfyui(session: nox.Session) -> Path | None:
@@ -188,8 +193,13 @@ def unpack(archive: Path, inner: str, target: Path) -> None:
         for member in tar.getmembers():
             _, _, name = member.name.partition("/")
             if member.isfile() and name.startswith(inner):
-                member.name = name.removeprefix(inner)
-                tar.extract(member, target, filter="data")
+                # by hand: the first 3.10 and 3.11, still shipped, lack the safe filter of `extract`
+                file = target / name.removeprefix(inner)
+                if target not in Path(os.path.abspath(file)).parents:
+                    raise ValueError(f"{archive.name}: {member.name} leads out of the archive")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as content:
+                    file.write_bytes(content.read())
 
 
 def group(name: str) -> tuple[str, ...]:

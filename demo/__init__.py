@@ -1,1 +1,1 @@
-"""A demonstration of the node pack in a real ComfyUI: run it with `uvx nox -s demo`."""
+"""A demonstration of the node pack in a real ComfyUI: run it with `python3 run.py demo`."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: a real ComfyUI merges three small LoRAs by the shared example workflow, and pictures show what came of it.
 
-Run it with `uvx nox -s demo`, which installs what it needs; `uvx nox -s demo -- --serve` keeps the server up.
+Run it with `python3 run.py demo`, which installs what it needs; `python3 run.py demo --serve` keeps the server up.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 def comfyui_path() -> Path:
     path = os.environ.get("COMFYUI_PATH")
     if not path:
-        sys.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `uvx nox -s demo`, which fetches one.")
+        sys.exit("Set COMFYUI_PATH to a ComfyUI folder, or run `python3 run.py demo`, which fetches one.")
     return Path(path)
 
 
@@ -94,7 +94,16 @@ def workflow_graph(server: ComfyServer) -> graphs.Graph:
 
 @contextmanager
 def progress(title: str) -> Iterator:
-    """A bar over the nodes of a workflow; the steps of the running node are told behind it."""
+    """A bar over the nodes of a workflow; the steps of the running node are told behind it.
+
+    Where nobody watches, as in a log, one line before and one after: each step of a bar would be a line there.
+    """
+    if not sys.stdout.isatty():
+        print(f"{title} ...", flush=True)
+        started = time.perf_counter()
+        yield lambda event: None
+        print(f"{title}: done in {time.perf_counter() - started:.0f} s", flush=True)
+        return
     with tqdm(desc=title, unit=" nodes", file=sys.stdout) as bar:
 
         def show(event: Event) -> None:

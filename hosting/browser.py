@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .server import PACK_NAME, ComfyServer
+from .server import PACK_NAME, PATIENCE, ComfyServer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"]
@@ -86,7 +86,7 @@ class Frontend:
         sent: str = json.loads(answer.value.body())["prompt_id"]
         return sent
 
-    def wait_until_done(self, prompt: str, timeout: float = 240) -> Mapping[str, Any]:
+    def wait_until_done(self, prompt: str, timeout: float = PATIENCE) -> Mapping[str, Any]:
         """The history of a prompt that has ended, well or not."""
         self.page.evaluate(
             """async ([id, seconds]) => {
@@ -165,9 +165,9 @@ def frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Itera
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable(), args=ARGUMENTS)
+        chromium = playwright.chromium.launch(executable_path=executable(), args=ARGUMENTS, timeout=1000 * PATIENCE)
         page = chromium.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(1000 * PATIENCE)
         opened = Frontend(page, server)
         page.on("console", lambda message: _heard(opened, message))
         page.on("pageerror", lambda error: opened.complaints.append(f"uncaught: {error}"))

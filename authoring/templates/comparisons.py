@@ -137,7 +137,7 @@ def tiny_demo() -> list[Group]:
         ),
         "tiny-demo",
         start=(
-            "This runs as it is, on any CPU, in the server of the demo (`uvx nox -s demo -- --serve`), which has the "
+            "This runs as it is, on any CPU, in the server of the demo (`python3 run.py demo --serve`), which has the "
             "small model and its three LoRAs. Press **Run**: the LoRAs are merged into one, and the merge draws one "
             "picture for each of them.",
             "Change the prompts, the strengths or the settings of SSR Solve and run again. The model knows only the "

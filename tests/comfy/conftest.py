@@ -30,7 +30,7 @@ def comfyui() -> Path:
     """ComfyUI's folder. Skips without one, unless SSR_REQUIRE_COMFYUI=1 (as nox sets it) makes that an error."""
     folder = runtime.find_comfyui()
     if folder is None:
-        reason = "no ComfyUI: set COMFYUI_PATH to its folder, or run `uvx nox -s tests`, which fetches one"
+        reason = "no ComfyUI: set COMFYUI_PATH to its folder, or run `python3 run.py tests`, which fetches one"
         if os.environ.get("SSR_REQUIRE_COMFYUI") == "1":
             pytest.fail(reason)
         pytest.skip(reason)

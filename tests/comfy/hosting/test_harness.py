@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from hosting.server import ComfyError, ComfyServer, Event, Interrupted, InvalidGraph, convert_ui_to_api
+from hosting.server import PATIENCE, ComfyError, ComfyServer, Event, Interrupted, InvalidGraph, convert_ui_to_api
 from tiny_flux import conditioning, empty_latent, flux_linears, flux_lora
 
 LORA_SITES = {"generic": 16, "kohya": 16, "diffusers": 26}
@@ -151,9 +151,9 @@ def test_interrupt_stops_a_running_workflow_and_the_server_goes_on(server: Comfy
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert started.wait(60)
+    assert started.wait(PATIENCE)
     server.interrupt()
-    thread.join(60)
+    thread.join(PATIENCE)
     assert [type(failure) for failure in failures] == [Interrupted]
     assert server.run(render(seed=6)).executed
 
