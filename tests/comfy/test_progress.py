@@ -5,7 +5,7 @@ import io
 import pytest
 
 from demo.run import progress
-from demo.server import Event
+from hosting.server import Event
 
 
 class Terminal(io.StringIO):
