@@ -33,19 +33,22 @@ from .measure.refinement import Refinement
 from .measure.requirement import Requirement
 from .report.advice import advise
 from .report.conflict import Conflict, SiteConflict, find_conflict
-from .solve.diagnostics import Report, Residual, SiteReport, residuals
+from .solve.diagnostics import Residual, residuals
 from .solve.merge import Merge, merge
+from .solve.merge_report import Report, SiteReport
 from .solve.rank import truncate
 from .solve.router import Ridge, normal_equations, route, solve_router
 from .solve.selection import Rule, check_rules, parse_rules, treatment_of
 from .solve.settings import MergeSettings
 from .statistics.calibration import Calibration
+from .statistics.case import Case
 from .statistics.correction import Correction
 from .statistics.sufficient_statistics import SufficientStatistics
 
 __all__ = [
     "Accumulator",
     "Calibration",
+    "Case",
     "Conflict",
     "Correction",
     "Expansion",

@@ -32,7 +32,7 @@ def chart(conflict: Conflict) -> Tensor:
     except ImportError:
         logging.warning(MISSING)
         return image_of(_notice(MISSING))
-    rows = len(conflict.names)
+    rows = len(conflict.cases)
     top, bottom = 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
     with _style():
         figure: Any = Figure(figsize=(WIDTH / DPI, top + bottom), dpi=DPI, facecolor=PAPER, layout="constrained")
@@ -71,7 +71,7 @@ def _blocks(figure: Any, conflict: Conflict) -> None:
         values = torch.stack([conflict.error_by_block(kind)[name] for name in names], dim=1).numpy()
         drawn = axis.imshow(values, cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axis.set_title(f"Error by block: {title}")
-        axis.set_yticks(range(len(conflict.names)), _numbered(conflict.names, 20))
+        axis.set_yticks(range(len(conflict.cases)), _numbered(conflict.labels, 20))
         axis.tick_params(length=0)
         axis.set_xticks([])
         _separate(axis, values.shape)
@@ -116,12 +116,16 @@ def _label_blocks(axis: Any, names: Sequence[str], most: int = 16) -> None:
 
 def _cross_talk(axis: Any, conflict: Conflict, kind: str, title: str, named: bool = True) -> None:
     """What each LoRA writes on the prompts of each other, relative to what belongs there."""
-    values = conflict.cross_talk(kind).clone().fill_diagonal_(torch.nan).numpy()
+    found = conflict.cross_talk(kind).clone()
+    for row, case in enumerate(conflict.cases):
+        found[row, list(case.speakers)] = torch.nan
+    values = found.numpy()
     axis.imshow(values, cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axis.set_title(title)
     numbers = range(len(conflict.names))
     axis.set_xticks(numbers, [str(i + 1) for i in numbers])
-    axis.set_yticks(numbers, _numbered(conflict.names, 14) if named else [str(i + 1) for i in numbers])
+    rows = range(len(conflict.cases))
+    axis.set_yticks(rows, _numbered(conflict.labels, 14) if named else [str(i + 1) for i in rows])
     axis.tick_params(length=0)
     axis.set_xlabel("LoRA that writes")
     axis.set_ylabel("on the prompts of")

@@ -22,14 +22,14 @@ class Entry:
 
     site: Site
     fingerprint: str
-    tokens: tuple[int, ...]  # (K,)
-    samples: tuple[int, ...]  # (K,)
-    levels: tuple[frozenset[float], ...]  # (K,)
+    tokens: tuple[int, ...]  # (C,)
+    samples: tuple[int, ...]  # (C,)
+    levels: tuple[frozenset[float], ...]  # (C,)
     strengths: tuple[float, ...] | None  # (K,) of the correction; None: there is none
 
     @classmethod
-    def parse(cls, facts: Mapping[str, Any], tasks: int) -> Entry:
-        """Raises ValueError, TypeError or KeyError for what no statistics of `tasks` LoRAs have."""
+    def parse(cls, facts: Mapping[str, Any], tasks: int, cases: int) -> Entry:
+        """Raises ValueError, TypeError or KeyError for what no statistics of so many LoRAs and cases have."""
         module, start, stop, out = facts["site"]
         if not isinstance(module, str):
             raise ValueError(f"{module!r} is not the name of a layer")
@@ -39,9 +39,11 @@ class Entry:
         strengths = tuple(map(_finite, facts["strengths"])) if "strengths" in facts else None
         tokens, samples = (tuple(map(_whole, facts[name])) for name in ("tokens", "samples"))
         levels = tuple(frozenset(map(_finite, seen)) for seen in facts["levels"])
-        counted = {len(tokens), len(samples), len(levels), tasks if strengths is None else len(strengths)}
-        if counted != {tasks}:
-            raise ValueError(f"{site} has numbers for {counted} LoRAs, not for {tasks}")
+        counted = {len(tokens), len(samples), len(levels)}
+        if counted != {cases}:
+            raise ValueError(f"{site} has numbers for {counted} cases, not for {cases}")
+        if strengths is not None and len(strengths) != tasks:
+            raise ValueError(f"{site} has strengths of {len(strengths)} LoRAs, not of {tasks}")
         return cls(site, str(facts["fingerprint"]), tokens, samples, levels, strengths)
 
 

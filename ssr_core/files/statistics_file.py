@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from ..lora.lora import Lora, find_order
 from ..lora.site import Site, canonical
 from ..lora.subspace import Subspace, join_loras
 from ..statistics.calibration import Calibration
-from ..statistics.correction import Correction
+from ..statistics.case import Case, singles
+from ..statistics.correction import NOT_RUN, Correction
 from ..statistics.grams import Grams, unpack
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .entry import Entry, check_sums
 from .storage import read_safetensors, write_safetensors
+
+PLAIN, WITH_CASES = "statistics 1", "statistics 2"  # formats: each LoRA by itself, or combinations, too
 
 
 def save_statistics(
@@ -47,8 +51,10 @@ def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[
         {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
         for lora in calibration.loras
     ]
+    cases = [case.speakers for case in calibration.cases]
+    plain = len(cases) == len(loras)  # as all were in format 1, and are still written
     return _apart(tensors), {
-        "ssr.format": "statistics 1",
+        **({"ssr.format": PLAIN} if plain else {"ssr.format": WITH_CASES, "ssr.cases": json.dumps(cases)}),
         "ssr.sites": json.dumps(sites),
         "ssr.loras": json.dumps(loras),
     }
@@ -68,15 +74,15 @@ def statistics_from(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], loras: Sequence[Lora], file: str
 ) -> Calibration:
     """What `statistics_state` gave, read with these LoRAs, in whichever order they are given; errors name `file`."""
-    if metadata.get("ssr.format") != "statistics 1":
-        raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
+    _check_format(metadata.get("ssr.format", ""), file)
     try:
         described = json.loads(metadata["ssr.loras"])
         names, fingerprints = ([str(lora[key]) for lora in described] for key in ("name", "fingerprint"))
-        entries = [Entry.parse(facts, len(names)) for facts in json.loads(metadata["ssr.sites"])]
+        cases = _cases(json.loads(metadata.get("ssr.cases", "null")), len(names))
+        entries = [Entry.parse(facts, len(names), len(cases)) for facts in json.loads(metadata["ssr.sites"])]
         if len({entry.site for entry in entries}) != len(entries):
             raise ValueError("a site is named twice")
-    except (LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, OverflowError, StatisticsError) as error:
         raise _damaged(file, error) from error
     try:
         order = find_order(names, fingerprints, loras)
@@ -104,7 +110,25 @@ def statistics_from(
         statistics.check(subspaces[site], f"{file}: {site}")
     for site, correction in corrections.items():
         correction.check(subspaces[site], f"{file}: {site}")
-    return Calibration(tuple(saved), subspaces, read, corrections).reordered(order)
+    return Calibration(tuple(saved), subspaces, read, corrections, cases).reordered(order)
+
+
+def _check_format(format_: str, file: str) -> None:
+    if format_ in (PLAIN, WITH_CASES):
+        return
+    if format_.startswith("statistics "):
+        raise StatisticsError(f"{file} was written by a newer version of this package ({format_}); update it.")
+    raise StatisticsError(f"{file} is no statistics file of this package; collect and save them again.")
+
+
+def _cases(told: Any, loras: int) -> tuple[Case, ...]:
+    """What a header tells of who speaks; nothing in files of single LoRAs."""
+    if told is None:
+        return singles(loras)
+    cases = tuple(Case.of(speakers, loras) for speakers in told)
+    if cases[:loras] != singles(loras) or len(set(cases)) != len(cases):
+        raise ValueError(f"its cases are {str(told)[:100]}")
+    return cases
 
 
 def _damaged(file: str, error: Exception) -> StatisticsError:
@@ -153,12 +177,12 @@ def _statistics(tensors: Mapping[str, Tensor], index: int, entry: Entry, space: 
 def _correction(
     tensors: Mapping[str, Tensor], index: int, entry: Entry, strengths: tuple[float, ...], space: Subspace
 ) -> Correction:
-    ran = [f"correction.target/{index}/{task}" in tensors for task in range(len(space.ranks))]
+    ran = [f"correction.target/{index}/{case}" in tensors for case in range(len(entry.tokens))]
     targets = tuple(
-        _expected(tensors[f"correction.target/{index}/{task}"], (len(space.up), len(space.down)), entry.site).float()
+        _expected(tensors[f"correction.target/{index}/{case}"], (len(space.up), len(space.down)), entry.site).float()
         if there
-        else torch.zeros(0, 0)
-        for task, there in enumerate(ran)
+        else NOT_RUN
+        for case, there in enumerate(ran)
     )
     grams = _grams(tensors, f"correction.gram/{index}", ran, entry.site, space)
     return Correction(grams, targets, entry.fingerprint, strengths)

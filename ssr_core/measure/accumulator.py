@@ -1,4 +1,4 @@
-"""Accumulator: the running sum of z z^T of one task at one site, where its tokens are."""
+"""Accumulator: the running sum of z z^T of one case at one site, where its tokens are."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ class Accumulator:
 
     def compute(
         self,
-        task: int,
+        case: int,
         subspace: Subspace,
         levels: frozenset[float] = frozenset(),
         dtype: torch.dtype = torch.float64,
     ) -> SufficientStatistics:
-        """The sums so far, as statistics in which only task `task` was seen, at these noise levels.
+        """The sums so far, as statistics in which only case `case` was seen, at these noise levels.
 
         `dtype` is what they are kept in; float32 takes half the memory.
         """
-        tasks = range(len(subspace.ranks))
-        grams = Grams.zeros(len(tasks), len(subspace.down))
+        cases = range(max(len(subspace.ranks), case + 1))
+        grams = Grams.zeros(len(cases), len(subspace.down))
         if self._gram is not None:
-            grams = grams.replaced(task, pack(self._gram.cpu()).to(dtype))
-        tokens = tuple(self.tokens if k == task else 0 for k in tasks)
-        samples = tuple((self.samples or self.tokens) if k == task else 0 for k in tasks)
-        seen = tuple(levels if k == task else frozenset[float]() for k in tasks)
+            grams = grams.replaced(case, pack(self._gram.cpu()).to(dtype))
+        tokens = tuple(self.tokens if c == case else 0 for c in cases)
+        samples = tuple((self.samples or self.tokens) if c == case else 0 for c in cases)
+        seen = tuple(levels if c == case else frozenset[float]() for c in cases)
         return SufficientStatistics(grams, tokens, subspace.fingerprint, samples, seen)
 
 

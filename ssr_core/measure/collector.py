@@ -1,4 +1,4 @@
-"""StatisticsCollector: runs LoRAs on a model one at a time and gathers their statistics, without touching a weight."""
+"""StatisticsCollector: runs LoRAs on a model, a case at a time, and gathers their statistics; no weight is touched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..lora.subspace import Subspace, join_loras
 from ..parallel import each
-from ..statistics.calibration import Calibration, check_task
+from ..statistics.calibration import Calibration
+from ..statistics.case import Case, singles
 from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
 from .recording import Recording
@@ -33,7 +34,12 @@ class StatisticsCollector:
     >>> for task, batch in enumerate(batches):
     ...     with torch.no_grad(), collector.watching(model, task):  # LoRA `task` is active inside
     ...         model(**batch)
+    >>> with torch.no_grad(), collector.watching(model, (0, 1)):  # both are: a picture that asks for both
+    ...     model(**both)
     >>> calibration = collector.calibration()
+
+    A case is the number of a LoRA, or those of several that are active together; none, (), is silence: prompts where no
+    LoRA should speak.
     """
 
     def __init__(self, loras: Sequence[Lora], subspaces: Mapping[Site, Subspace] | None = None) -> None:
@@ -44,6 +50,7 @@ class StatisticsCollector:
         self.subspaces = dict(subspaces or join_loras(loras))
         if not self.subspaces:
             raise LoraError(f"None of {', '.join(lora.name for lora in loras)} holds a low-rank update.")
+        self._cases = list(singles(len(self.loras)))
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
@@ -52,8 +59,8 @@ class StatisticsCollector:
         self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
 
     @contextmanager
-    def watching(self, model: nn.Module, task: int) -> Iterator[Recording]:
-        """Inside the block LoRA `task` is active on `model` and its tokens are counted.
+    def watching(self, model: nn.Module, case: int | Sequence[int]) -> Iterator[Recording]:
+        """Inside the block the LoRAs of a case are active on `model` and its tokens are counted.
 
         A transaction: statistics are added only if the block ends without an exception. Hooks always come off.
 
@@ -61,61 +68,64 @@ class StatisticsCollector:
             ModelMismatchError: a LoRA writes to a layer that the model lacks or that has another size.
             StatisticsError: activations were not finite.
         """
-        with self.recording(task) as recording:
+        with self.recording(case) as recording:
             recording.attach(model)
             yield recording
 
     @contextmanager
-    def surveying(self, model: nn.Module, task: int, rows: int = CONTEXT) -> Iterator[Recording]:
-        """Like `watching`, but to find up to `rows` context rows per layer. A short run of every task will do.
+    def surveying(self, model: nn.Module, case: int | Sequence[int], rows: int = CONTEXT) -> Iterator[Recording]:
+        """Like `watching`, but to find up to `rows` context rows per layer. A short run of every LoRA will do.
 
-        Call it for each task before the first `watching`; then `see` fixes the rows.
+        Call it for each of them before the first `watching`; then `see` fixes the rows.
         """
-        with self.recording(task, rows) as recording:
+        with self.recording(case, rows) as recording:
             recording.attach(model)
             yield recording
 
     @contextmanager
-    def refining(self, model: nn.Module, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
-        """Compare a merge, given by its updates, with LoRA `task` alone; a second merge then makes up for the first.
+    def refining(
+        self, model: nn.Module, case: int | Sequence[int], updates: Mapping[Site, LowRankUpdate]
+    ) -> Iterator[Refinement]:
+        """Compare a merge, given by its updates, with a case's LoRAs; a second merge then makes up for the first.
 
-        >>> with torch.no_grad(), collector.refining(model, task, merge(collector.calibration()).updates) as run:
+        >>> with torch.no_grad(), collector.refining(model, case, merge(collector.calibration()).updates) as run:
         ...     with run.alone():
         ...         model(**batch)
         ...     with run.merged():
         ...         model(**batch)
         """
-        with self.refinement(task, updates) as refinement:
+        with self.refinement(case, updates) as refinement:
             refinement.attach(model)
             yield refinement
 
     @contextmanager
-    def refinement(self, task: int, updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
+    def refinement(self, case: int | Sequence[int], updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
         """Like `refining`, for hosts that decide themselves when the hooks go on and off."""
-        check_task(task, self.loras)
+        speaking, number = self._numbered(case)
         known = {self._renamed(site): site for site in self.subspaces}
         ours = {known.get(site, site): update for site, update in updates.items()}
-        refinement = Refinement(self.subspaces, ours, task, [lora.strength for lora in self.loras])
+        refinement = Refinement(self.subspaces, ours, number, speaking.speakers, [lora.strength for lora in self.loras])
         try:
             yield refinement
         finally:
             refinement.close()
         found = dict(refinement.corrections())
         refinement.clear()
+        self._know(speaking, number)
         self._corrections.update(
             {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
         )
 
     @contextmanager
-    def recording(self, task: int, survey: int = 0, tokens: int = 0) -> Iterator[Recording]:
+    def recording(self, case: int | Sequence[int], survey: int = 0, tokens: int = 0) -> Iterator[Recording]:
         """Like `watching`, for hosts that decide themselves when the hooks go on (`attach`) and off (`detach`).
 
         `survey` makes it one of `surveying`, with so many context rows. `tokens` of each layer and forward pass are
         counted at most, chosen at random; 0 = all.
         """
-        check_task(task, self.loras)
-        strength = self.loras[task].strength
-        recording = Recording(self.subspaces, task, strength, survey, tokens, self.shared, self._dtype)
+        speaking, number = self._numbered(case)
+        active = {task: self.loras[task].strength for task in speaking.speakers}
+        recording = Recording(self.subspaces, number, active, survey, tokens, self.shared, self._dtype)
         try:
             yield recording
         finally:
@@ -130,6 +140,8 @@ class StatisticsCollector:
             again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
             self.shared = again if self._surveyed else followers
             self._surveyed = max(self._surveyed, survey)
+        else:
+            self._know(speaking, number)
         self._statistics.update(self._sums_with(recording))
         self._names.update(recording.names)
         recording.clear()
@@ -155,11 +167,13 @@ class StatisticsCollector:
     def _dtype(self) -> torch.dtype:
         """What statistics are kept in."""
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
-        return statistics_dtype(sizes, len(self.loras))
+        return statistics_dtype(sizes, len(self._cases))
 
-    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
-        """The memory that collecting will take, see Requirement.of."""
-        return Requirement.of(self.subspaces, context, refine, itemsize)
+    def requirement(
+        self, context: int = 0, refine: bool = False, itemsize: int = 4, combinations: int = 0
+    ) -> Requirement:
+        """The memory that collecting will take, see Requirement.of; `combinations`: cases beside those of one LoRA."""
+        return Requirement.of(self.subspaces, context, refine, itemsize, combinations)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""
@@ -168,7 +182,8 @@ class StatisticsCollector:
             tuple(self._views(task) for task in range(len(self.loras))),
             {renamed(site): space for site, space in self.subspaces.items()},
             {renamed(site): self._so_far(site) for site, space in self.subspaces.items() if space.is_routed},
-            {renamed(site): correction for site, correction in self._corrections.items()},
+            {renamed(site): correction.padded(len(self._cases)) for site, correction in self._corrections.items()},
+            tuple(self._cases),
         )
 
     def _views(self, task: int) -> Lora:
@@ -191,4 +206,14 @@ class StatisticsCollector:
         return sums
 
     def _so_far(self, site: Site) -> SufficientStatistics:
-        return self._statistics.get(site) or SufficientStatistics.empty(self.subspaces[site])
+        found = self._statistics.get(site) or SufficientStatistics.empty(self.subspaces[site])
+        return found.padded(len(self._cases))
+
+    def _numbered(self, which: int | Sequence[int]) -> tuple[Case, int]:
+        """A case and its number, be it new."""
+        case = Case.of(which, len(self.loras))
+        return case, self._cases.index(case) if case in self._cases else len(self._cases)
+
+    def _know(self, case: Case, number: int) -> None:
+        """Of a case that was run, without an error."""
+        self._cases[number:] = self._cases[number:] or [case]

@@ -47,6 +47,7 @@ def sum_calibrations(calibration: Calibration, group: Any = None) -> Calibration
     fingerprints = sorted((str(site), space.fingerprint) for site, space in calibration.subspaces.items())
     corrected = sorted((str(site), found.strengths) for site, found in calibration.corrections.items())
     _check_equal(fingerprints, "collected with other LoRAs or context rows (call sum_surveys before see)", group)
+    _check_equal(calibration.cases, "ran other combinations, or in another order", group)
     _check_equal(corrected, "refined other layers, or at other strengths", group)
     counts = {site: (seen.tokens, seen.samples, seen.levels) for site, seen in calibration.statistics.items()}
     everyone = _gathered(counts, group)
@@ -55,7 +56,7 @@ def sum_calibrations(calibration: Calibration, group: Any = None) -> Calibration
         for site, seen in sorted(calibration.statistics.items(), key=_by_site)
     }
     corrections = {site: _correction(c, group) for site, c in sorted(calibration.corrections.items(), key=_by_site)}
-    return Calibration(calibration.loras, calibration.subspaces, statistics, corrections)
+    return Calibration(calibration.loras, calibration.subspaces, statistics, corrections, calibration.cases)
 
 
 def _statistics(seen: SufficientStatistics, counts: Iterable[Any], group: Any) -> SufficientStatistics:

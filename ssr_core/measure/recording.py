@@ -1,4 +1,4 @@
-"""Recording: one run of one task on a model, the hooks that listen and the sums behind them."""
+"""Recording: one run of one case on a model, the hooks that listen and the sums behind them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Heard:
 
 
 class Recording:
-    """One run of one task: the hooks on the model and the sums behind them."""
+    """One run of one case: the hooks on the model and the sums behind them."""
 
     def __init__(
         self,
         subspaces: Mapping[Site, Subspace],
-        task: int,
-        strength: float,
+        case: int,
+        speakers: Mapping[int, float],
         survey: int = 0,
         tokens: int = 0,
         shared: Mapping[str, str] | None = None,
@@ -48,15 +48,17 @@ class Recording:
         """`tokens` of each layer and forward pass are counted at most, chosen at random; 0 = all.
 
         Args:
+            case: the number that its sums have among those of all cases.
+            speakers: the LoRAs that are active, by number, and their strengths.
             shared: which modules have the same input as another one, as `followers` of a survey gave them.
             dtype: what the statistics are kept in.
         """
-        self.task = task
+        self.case = case
         self.names: dict[str, str] = {}  # how the LoRAs call a module -> how the model does
         self.levels: set[float] = set()
         self._subspaces, self._dtype = subspaces, dtype
-        self._choice = Choice(min(tokens or SURVEYED, SURVEYED) if survey else tokens, seed=task)
-        self._taps = taps_of(subspaces, task, strength, survey, shared)
+        self._choice = Choice(min(tokens or SURVEYED, SURVEYED) if survey else tokens, seed=case)
+        self._taps = taps_of(subspaces, speakers, survey, shared)
         self._handles: list[RemovableHandle] = []
         self._attached: nn.Module | None = None
         self._heard: Heard | None = None
@@ -130,7 +132,7 @@ class Recording:
         levels = frozenset(self.levels)
         for tap in self._taps:
             for signal in (signal for signal in tap.signals if signal.counted):
-                found = signal.sums.compute(self.task, signal.space, levels, self._dtype)
+                found = signal.sums.compute(self.case, signal.space, levels, self._dtype)
                 yield from ((site, found) for site in signal.sites)
 
     def _hook(self, tap: Tap, layer: Layer) -> Callable[..., Tensor]:
@@ -145,7 +147,7 @@ class Recording:
         return hook
 
     def _respond(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor) -> Tensor:
-        """Project, count, and add the running task's update to the output."""
+        """Project, count, and add what the speaking LoRAs write to the output."""
         for signal in tap.signals:
             signal.sums.samples += layer.samples(x)
         chosen = self._choice.of(layer.positions(output), x.device, tap.calls + tap.number)
@@ -171,24 +173,25 @@ class Recording:
     def _count(
         self, tap: Tap, joint: Joint, z: Tensor, written: Tensor | None = None, ups: Sequence[PlacedUp] = ()
     ) -> None:
-        """Add tokens to the sums, and the running task's update of the same tokens to `written`."""
+        """Add tokens to the sums, and what the speaking LoRAs make of the same tokens to `written`."""
         left = iter(ups)
         for signal in tap.signals:
             part = joint.part(signal, z)
             if signal.counted:
                 signal.sums.update(part)
             if written is not None:
-                for site, own, _ in signal.updates:
-                    add_product(written[..., site.start : site.stop], part[:, own], next(left))
+                for update in signal.updates:
+                    rows = slice(update.site.start, update.site.stop)
+                    add_product(written[..., rows], part[:, update.own], next(left))
 
     def _add(self, tap: Tap, layer: Layer, where: Place, x: Tensor, result: Tensor, ups: Sequence[PlacedUp]) -> None:
-        """Add the running task's update, which not all of the counted rows are needed for."""
+        """Add what the speaking LoRAs write, which not all of the counted rows are needed for."""
         if not ups:
             return
         rows = tap.rows(layer, where)
         for piece, written in layer.pieces(x, result, rows.rank, where[1]):
             z, start = layer.project(piece, rows), 0
-            for (site, _, _), up in zip(tap.updates, ups, strict=True):
+            for (site, *_), up in zip(tap.updates, ups, strict=True):
                 columns = slice(start, start + up.matrix.shape[1])
                 add_product(written[..., site.start : site.stop], z[:, columns], up)
                 start = columns.stop

@@ -1,4 +1,4 @@
-"""Refinement: one task run twice, with its LoRA alone and with the merge, and the corrections that follow."""
+"""Refinement: one case run twice, with its LoRAs alone and with the merge, and the corrections that follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import StatisticsError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..lora.subspace import Subspace
-from ..statistics.correction import Correction
+from ..statistics.correction import NOT_RUN, Correction
 from .accumulator import zeros
 from .layer import Layer, Placed, PlacedUp, add_product
 from .recording import Recording
@@ -43,11 +43,12 @@ class Refinement(Recording):
         self,
         subspaces: Mapping[Site, Subspace],
         updates: Mapping[Site, LowRankUpdate],
-        task: int,
+        case: int,
+        speakers: Sequence[int],
         strengths: Sequence[float],
         tokens: int = TOKENS,
     ) -> None:
-        super().__init__(subspaces, task, strengths[task], tokens=tokens)
+        super().__init__(subspaces, case, {task: strengths[task] for task in speakers}, tokens=tokens)
         self._updates, self._strengths = updates, tuple(strengths)
         self._alone = True
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
@@ -59,7 +60,7 @@ class Refinement(Recording):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, the task's LoRA is active and the outputs of the layers are kept."""
+        """Inside, the case's LoRAs are active and the outputs of the layers are kept."""
         self._alone = True
         yield
 
@@ -102,7 +103,7 @@ class Refinement(Recording):
                 continue  # its layer never ran
             space = self._subspaces[site]
             found = self._targets[site].to("cpu", torch.float32)
-            targets = tuple(found if task == self.task else torch.zeros(0, 0) for task in range(len(space.ranks)))
+            targets = tuple(found if case == self.case else NOT_RUN for case in range(len(seen.tokens)))
             correction = Correction(seen.grams, targets, seen.fingerprint, self._strengths)
             correction.check(space, site)
             yield site, correction

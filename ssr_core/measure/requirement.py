@@ -25,7 +25,12 @@ class Requirement:
 
     @classmethod
     def of(
-        cls, subspaces: Mapping[Site, Subspace], context: int = 0, refine: bool = False, itemsize: int = 4
+        cls,
+        subspaces: Mapping[Site, Subspace],
+        context: int = 0,
+        refine: bool = False,
+        itemsize: int = 4,
+        combinations: int = 0,
     ) -> Requirement:
         """Of collecting in these subspaces.
 
@@ -33,27 +38,28 @@ class Requirement:
             context: context rows that a survey will add; 0 if they are there already or none are wanted.
             refine: whether a first merge is tried beside each LoRA.
             itemsize: bytes of a number in the precision that layers compute in.
+            combinations: cases beside those of one LoRA each.
         """
-        sizes = [_Size.of(site, space, context) for site, space in subspaces.items() if space.is_routed]
+        sizes = [_Size.of(site, space, context, combinations) for site, space in subspaces.items() if space.is_routed]
         if not sizes:
             return cls(0, 0)
         surveying = sum(size.surveyed(context, itemsize) for size in sizes) if context else 0
         measuring = sum(size.measured(itemsize) for size in sizes)
         refining = sum(size.refined(itemsize) for size in sizes) if refine else 0
-        host = statistics_bytes([size.rows for size in sizes], sizes[0].tasks) * (1 + refine)
-        targets = sum(size.tasks * 4 * size.out * size.rows for size in sizes) if refine else 0
+        host = statistics_bytes([size.rows for size in sizes], sizes[0].cases) * (1 + refine)
+        targets = sum(size.cases * 4 * size.out * size.rows for size in sizes) if refine else 0
         return cls(max(surveying, measuring, refining), host + targets)
 
 
-def statistics_bytes(rows: Sequence[int], tasks: int) -> int:
+def statistics_bytes(rows: Sequence[int], cases: int) -> int:
     """Of the Gram matrices of all sites, given the rows of each: upper triangles, in float64 unless that is LARGE."""
-    numbers = sum(tasks * size * (size + 1) // 2 for size in rows)
-    return statistics_dtype(rows, tasks).itemsize * numbers
+    numbers = sum(cases * size * (size + 1) // 2 for size in rows)
+    return statistics_dtype(rows, cases).itemsize * numbers
 
 
-def statistics_dtype(rows: Sequence[int], tasks: int) -> torch.dtype:
+def statistics_dtype(rows: Sequence[int], cases: int) -> torch.dtype:
     """What these are kept in: where they grow large, rounding to float32 is the smaller evil."""
-    exact = sum(8 * tasks * size * (size + 1) // 2 for size in rows)
+    exact = sum(8 * cases * size * (size + 1) // 2 for size in rows)
     return torch.float64 if exact < LARGE else torch.float32
 
 
@@ -66,13 +72,14 @@ class _Size:
     own: int  # of the largest task
     inputs: int
     out: int
-    tasks: int
+    cases: int
 
     @classmethod
-    def of(cls, site: Site, space: Subspace, context: int) -> _Size:
+    def of(cls, site: Site, space: Subspace, context: int, combinations: int) -> _Size:
         inputs = space.down[0].numel()
         rows = len(space.down) + (0 if space.context else min(context, space.down.shape[1]))
-        return cls(rows, space.rank, max(space.ranks), inputs, site.stop - site.start, len(space.ranks))
+        cases = len(space.ranks) + combinations
+        return cls(rows, space.rank, max(space.ranks), inputs, site.stop - site.start, cases)
 
     def surveyed(self, context: int, itemsize: int) -> int:
         return self.inputs * (4 * (context + OVERSAMPLING) + itemsize * self.own) + itemsize * self.out * self.own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from .sketch import Sketch
 Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
 
 
+class Update(NamedTuple):
+    """What a speaking LoRA adds at one site."""
+
+    site: Site  # whose rows of the output
+    own: slice  # rows of z
+    up: Tensor  # (out, r)
+    strength: float
+
+
 @dataclass(eq=False)
 class Signal:
     """One joint subspace of a module and the sites that share it, slices of a fused LoRA; the sum of its Gram."""
@@ -25,7 +35,7 @@ class Signal:
     space: Subspace
     counted: bool
     sites: list[Site]
-    updates: list[tuple[Site, slice, Tensor]]  # rows of the output, rows of z, up (out, r) of the running task
+    updates: list[Update]  # of the LoRAs that speak
     sums: Accumulator = field(default_factory=Accumulator)
 
 
@@ -78,7 +88,6 @@ class Tap:
     module: str
     signals: list[Signal]
     number: int
-    strength: float  # of the running task
     sketch: Sketch | None = None
     shared: Joint | None = None  # with other modules that have the same input
     calls: int = 0
@@ -99,20 +108,20 @@ class Tap:
         return any(signal.counted for signal in self.signals)
 
     @property
-    def updates(self) -> list[tuple[Site, slice, Tensor]]:
-        """Of all signals, the running task's: rows of the output, rows of z, up (out, r)."""
+    def updates(self) -> list[Update]:
+        """Of all signals, those of the LoRAs that speak."""
         return [update for signal in self.signals for update in signal.updates]
 
     def ups(self, where: Place) -> list[PlacedUp]:
         """The `up` of each of the updates, where the layer computes."""
         if where not in self._ups:
-            self._ups[where] = [PlacedUp.of(up, where, self.strength) for _, _, up in self.updates]
+            self._ups[where] = [PlacedUp.of(update.up, where, update.strength) for update in self.updates]
         return self._ups[where]
 
     def rows(self, layer: Layer, where: Place) -> Placed:
-        """The running LoRA's own rows of `down`, of one update after the other, where the layer computes."""
+        """The speaking LoRAs' own rows of `down`, of one update after the other, where the layer computes."""
         if where not in self._rows:
-            rows = [signal.space.down[own] for signal in self.signals for _, own, _ in signal.updates]
+            rows = [signal.space.down[update.own] for signal in self.signals for update in signal.updates]
             self._rows[where] = layer.place(rows[0] if len(rows) == 1 else torch.cat(rows), where)
         return self._rows[where]
 
@@ -135,14 +144,14 @@ class Tap:
 
 def taps_of(
     subspaces: Mapping[Site, Subspace],
-    task: int,
-    strength: float,
+    speakers: Mapping[int, float],
     survey: int = 0,
     shared: Mapping[str, str] | None = None,
 ) -> list[Tap]:
-    """The taps of one run of `task`.
+    """The taps of one run.
 
     Args:
+        speakers: the LoRAs that are active, by number, and their strengths.
         survey: context rows to look for; 0 = measure.
         shared: which modules have the same input as another one, which is called before them.
     """
@@ -150,9 +159,9 @@ def taps_of(
     grouped: dict[tuple[str, str], Signal] = {}
     tests: dict[object, Tensor] = {}
     for site, space in subspaces.items():
-        if not (space.is_routed or space.ranks[task]):
+        if not (space.is_routed or any(space.ranks[task] for task in speakers)):
             continue  # neither to be measured nor active now
-        tap = taps.setdefault(site.module, Tap(site.module, [], len(taps), strength))
+        tap = taps.setdefault(site.module, Tap(site.module, [], len(taps)))
         key = (site.module, space.fingerprint)
         if key not in grouped:
             grouped[key] = Signal(space, space.is_routed and not survey, [], [])
@@ -160,9 +169,10 @@ def taps_of(
         grouped[key].sites.append(site)
         if survey and space.is_routed:
             tap.sketch = tap.sketch or Sketch(min(survey, space.down.shape[1]), tests)
-        if space.ranks[task] and strength:
-            own = space.blocks[task]
-            grouped[key].updates.append((site, own, space.up[:, own]))
+        for task, strength in speakers.items():
+            if space.ranks[task] and strength:
+                own = space.blocks[task]
+                grouped[key].updates.append(Update(site, own, space.up[:, own], strength))
     _share(taps, shared or {})
     return list(taps.values())
 

@@ -8,7 +8,7 @@ from itertools import permutations
 
 from torch import Tensor
 
-from ..solve.diagnostics import FEW_LEVELS, RANKS
+from ..solve.merge_report import FEW_LEVELS, RANKS, apart
 from .conflict import Conflict, most_of
 
 WEAK, FAIR = 0.5, 0.2  # errors from which on a LoRA comes out weak, or with losses
@@ -23,29 +23,36 @@ def advise(conflict: Conflict) -> str:
 
 
 def _table(conflict: Conflict) -> Iterator[str]:
-    width = max(4, *map(len, conflict.names))
+    width = max(4, *map(len, conflict.labels))
     yield f"{len(conflict.names)} LoRAs in {len(conflict.sites)} sites of {len(conflict.blocks)} blocks, before merging"
     yield f"{'LoRA':<{width}}  strength  plain stack  routed"
-    for name, strength, stack, merge in zip(
-        conflict.names, conflict.strengths, conflict.error("stack"), conflict.error("merge"), strict=True
+    others = len(conflict.cases) - len(conflict.strengths)
+    strengths = [f"{strength:.2f}" for strength in conflict.strengths] + [""] * others
+    for label, strength, stack, merge in zip(
+        conflict.labels, strengths, conflict.error("stack"), conflict.error("merge"), strict=True
     ):
-        yield f"{name:<{width}}  {strength:>8.2f}  {_figure(stack):>11}  {_figure(merge):>6}"
-    yield "Error on the calibration tokens: 0 = the LoRA alone, 1 = as if it were not there."
+        yield f"{label:<{width}}  {strength:>8}  {_figure(stack):>11}  {_figure(merge):>6}"
+    yield "Error on the calibration tokens: 0 = these LoRAs alone, 1 = as if they were not there."
 
 
 def _matrix(conflict: Conflict) -> Iterator[str]:
-    width, columns = max(13, *map(len, conflict.names)), [max(15, len(name)) for name in conflict.names]
-    yield "Cross-talk, % of a LoRA's own effect on its prompts that the others add: plain stack -> routed"
+    width, columns = max(13, *map(len, conflict.labels)), [max(15, len(name)) for name in conflict.names]
+    yield "Cross-talk, % of what belongs on the prompts that other LoRAs add to them: plain stack -> routed"
     yield f"{'on prompts of':<{width}}" + "".join(
         f"  {name:>{wide}}" for name, wide in zip(conflict.names, columns, strict=True)
     )
     plain, routed = conflict.cross_talk("plain"), conflict.cross_talk("routed")
-    for i, name in enumerate(conflict.names):
-        cells = ["-" if i == j else f"{_percent(plain[i, j])} -> {_percent(routed[i, j])}" for j in range(len(columns))]
-        yield f"{name:<{width}}" + "".join(f"  {cell:>{wide}}" for cell, wide in zip(cells, columns, strict=True))
+    for i, (label, case) in enumerate(zip(conflict.labels, conflict.cases, strict=True)):
+        cells = [
+            "-" if j in case.speakers else f"{_percent(plain[i, j])} -> {_percent(routed[i, j])}"
+            for j in range(len(columns))
+        ]
+        yield f"{label:<{width}}" + "".join(f"  {cell:>{wide}}" for cell, wide in zip(cells, columns, strict=True))
 
 
 def _findings(conflict: Conflict) -> Iterator[str]:
+    if line := apart(conflict.names, conflict.cases):
+        yield line
     yield from _rivals(conflict)
     yield from _expectations(conflict)
     if line := _leftovers(conflict):
@@ -74,8 +81,8 @@ def _rivals(conflict: Conflict, most: int = 4) -> Iterator[str]:
 
 
 def _expectations(conflict: Conflict) -> Iterator[str]:
-    for name, stack, merge in zip(
-        conflict.names, conflict.error("stack").tolist(), conflict.error("merge").tolist(), strict=True
+    for name, stack, merge in zip(  # combinations and silence stand in the table
+        conflict.names, conflict.error("stack").tolist(), conflict.error("merge").tolist(), strict=False
     ):
         kept = f"routed, the layers keep {_percent(1 - merge)} of its effect"
         if math.isnan(merge):

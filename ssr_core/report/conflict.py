@@ -20,29 +20,27 @@ from ..errors import StatisticsError
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from ..parallel import each
+from ..solve.diagnostics import effects, spoken
 from ..solve.rank import Directions
 from ..solve.router import normal_equations, solve_router
 from ..solve.settings import MergeSettings
 from ..solve.weights import task_weights
 from ..statistics.calibration import Calibration
+from ..statistics.case import Case, singles
 
 
 @dataclass(frozen=True, eq=False)
 class SiteConflict:
-    """What K LoRAs do to each other at one site, float64. Row i is what happens on LoRA i's own tokens."""
+    """What K LoRAs do to each other at one site, float64. Row i is what happens on the tokens of case i, of C."""
 
     site: Site
-    plain: Tensor  # (K, K) [i, j] = sum |up_j z_j|^2, what LoRA j writes in a plain stack; the diagonal: i's own effect
-    routed: Tensor  # (K, K) the same of what is routed to LoRA j; on the diagonal what i's own part is off by
-    stack: Tensor  # (K,) squared distance of the plain stack from LoRA i alone
-    merge: Tensor  # (K,) that of the routed merge
+    plain: Tensor  # (C, K) [i, j] = sum |up_j z_j|^2, what LoRA j writes in a plain stack, if it speaks its own effect
+    routed: Tensor  # (C, K) the same of what is routed to LoRA j; if it speaks, what its own part is off by
+    stack: Tensor  # (C,) squared distance of the plain stack from the LoRAs that speak alone
+    merge: Tensor  # (C,) that of the routed merge
+    effect: Tensor  # (C,) sum |up z_S|^2 over the case's own tokens; of silence what others do to as many tokens
     spectrum: tuple[float, ...]  # share of the merge's effect along each direction, largest first
-    coverage: int  # noise levels, or samples, of the LoRA that saw the fewest
-
-    @property
-    def effect(self) -> Tensor:
-        """(K,) sum |up_i z_i|^2 over LoRA i's own tokens."""
-        return self.plain.diagonal()
+    coverage: int  # noise levels, or samples, of the case that saw the fewest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +50,15 @@ class Conflict:
     names: tuple[str, ...]
     strengths: tuple[float, ...]
     sites: tuple[SiteConflict, ...]
+    cases: tuple[Case, ...] = ()  # (C,) the first K are each LoRA by itself; given empty, there are no others
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cases", self.cases or singles(len(self.names)))
+
+    @property
+    def labels(self) -> list[str]:
+        """(C,) of the cases."""
+        return [case.label(self.names) for case in self.cases]
 
     @cached_property
     def blocks(self) -> Mapping[str, tuple[SiteConflict, ...]]:
@@ -63,20 +70,20 @@ class Conflict:
 
     @cached_property
     def effect(self) -> Tensor:
-        """(K,) the whole effect of each LoRA on its own tokens."""
-        return sum((one.effect for one in self.sites), torch.zeros(len(self.names), dtype=torch.float64))
+        """(C,) the whole effect on each case's own tokens."""
+        return sum((one.effect for one in self.sites), torch.zeros(len(self.cases), dtype=torch.float64))
 
     def cross_talk(self, kind: str) -> Tensor:
-        """(K, K) [i, j] = what LoRA j writes on LoRA i's tokens, relative to i's own effect. "plain" or "routed"."""
+        """(C, K) [i, j] = what LoRA j writes on tokens of case i, relative to what belongs there: "plain", "routed"."""
         total = sum(getattr(one, kind) for one in self.sites)
         return _relative(total, self.effect[:, None])
 
     def error(self, kind: str) -> Tensor:
-        """(K,) 0 = as each LoRA alone, 1 = as if it were not there. "stack" or "merge"."""
+        """(C,) 0 = as the LoRAs that speak alone, 1 = as if they were not there. "stack" or "merge"."""
         return _relative(sum(getattr(one, kind) for one in self.sites), self.effect)
 
     def error_by_block(self, kind: str) -> dict[str, Tensor]:
-        """(K,) per block: relative to the LoRA's own effect there; NaN where it has none."""
+        """(C,) per block: relative to the case's own effect there; NaN where it has none."""
         return {
             block: _relative(sum(getattr(one, kind) for one in sites), sum(one.effect for one in sites))
             for block, sites in self.blocks.items()
@@ -128,7 +135,7 @@ def find_conflict(
     for found in each(at, list(calibration.statistics)):
         on_site(len(sites), len(calibration.statistics))
         sites.append(found)
-    return Conflict(calibration.names, strengths, tuple(sites))
+    return Conflict(calibration.names, strengths, tuple(sites), calibration.cases)
 
 
 def _at_site(
@@ -136,13 +143,14 @@ def _at_site(
 ) -> SiteConflict:
     statistics = calibration.statistics[site]
     statistics.check(scaled, site)
-    equations = normal_equations(statistics, scaled, weights, settings.ridge, site)
+    equations = normal_equations(statistics, scaled, weights, settings.ridge, site, cases=calibration.cases)
     router, energy = solve_router(equations), scaled.energy
     whole = torch.eye(*router.shape, dtype=torch.float64)
     plain, routed, stack, merge = [], [], [], []
-    for gram, block in zip(statistics.grams, scaled.blocks, strict=True):
+    for gram, case in zip(statistics.grams, calibration.cases, strict=True):
+        rows = spoken(scaled, case)
         alone = torch.zeros_like(whole)
-        alone[block] = whole[block]
+        alone[rows] = whole[rows]
         written = energy * gram[: scaled.rank, : scaled.rank]
         plain.append(_by_lora(written, scaled))
         others = whole - alone
@@ -152,7 +160,17 @@ def _at_site(
         merge.append(off.sum())
     spectrum = Directions.of(router.mT @ energy @ router, equations.factor).spectrum
     matrices, sums = (torch.stack(plain), torch.stack(routed)), (torch.stack(stack), torch.stack(merge))
-    return SiteConflict(site, *matrices, *sums, spectrum, min(statistics.coverage))
+    found = torch.tensor(effects(statistics, scaled, calibration.cases), dtype=torch.float64)
+    effect = _usual(found, statistics.tokens, calibration.cases)
+    return SiteConflict(site, *matrices, *sums, effect, spectrum, min(statistics.coverage))
+
+
+def _usual(effect: Tensor, tokens: Sequence[int], cases: Sequence[Case]) -> Tensor:
+    """Effects with that of silence filled in: what the others have on average on as many tokens."""
+    silent, counts = torch.tensor([case.is_silence for case in cases]), torch.tensor(tokens, dtype=torch.float64)
+    heard = ~silent & (counts > 0)
+    mean = (effect[heard] / counts[heard]).mean() if heard.any() else effect.new_zeros(())
+    return torch.where(silent, mean * counts, effect)
 
 
 def _by_lora(products: Tensor, scaled: Subspace) -> Tensor:

@@ -10,7 +10,7 @@ from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..parallel import each
 from ..statistics.calibration import Calibration
-from .diagnostics import Report, SiteReport
+from .merge_report import Report, SiteReport
 from .problem import Problem
 from .rank import Directions, spread_ranks
 from .settings import MergeSettings
@@ -66,7 +66,7 @@ def merge(
         reports.append(report)
         if update is not None:
             updates[site] = _in_float32(update, site)
-    return Merge(updates, Report(calibration.names, problem.strengths, tuple(reports)))
+    return Merge(updates, Report(calibration.names, problem.strengths, tuple(reports), cases=calibration.cases))
 
 
 @dataclass(eq=False)

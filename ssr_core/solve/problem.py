@@ -13,7 +13,8 @@ from ..lora.subspace import Subspace
 from ..statistics.calibration import Calibration
 from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics
-from .diagnostics import SiteReport, residuals
+from .diagnostics import residuals
+from .merge_report import SiteReport
 from .selection import treatment_of
 from .settings import MergeSettings
 from .solution import Solution, solve_site
@@ -79,7 +80,7 @@ class Problem:
         routing = 0.0 if self.treatments[site] == "stack" else self.settings.routing
         return solve_site(
             *(site, self._scaled(site), self._measured.get(site), self._corrections.get(site)),
-            *(self._weights[site], self.settings.ridge, routing),
+            *(self._weights[site], self.settings.ridge, routing, self.calibration.cases),
         )
 
     def left_out(self, site: Site) -> SiteReport:
@@ -87,7 +88,8 @@ class Problem:
         scaled, statistics = self._scaled(site), self._measured.get(site)
         if statistics is None:
             return SiteReport(site, scaled.ranks, 0)
-        lost = residuals(statistics, scaled, torch.zeros(scaled.rank, scaled.down.shape[0], dtype=torch.float64))
+        nothing = torch.zeros(scaled.rank, scaled.down.shape[0], dtype=torch.float64)
+        lost = residuals(statistics, scaled, nothing, cases=self.calibration.cases)
         return SiteReport(site, scaled.ranks, 0, statistics.tokens, lost)
 
     def cost(self, site: Site) -> int:

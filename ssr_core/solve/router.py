@@ -1,7 +1,8 @@
-"""The router: which task's rows a signal in the joint subspace is sent to, by ordinary least squares.
+"""The router: which LoRAs' rows a signal in the joint subspace is sent to, by ordinary least squares.
 
 SSR-Merge, section 3 (Wei et al., arXiv 2606.10617): R = Q G^-1 with G = sum z z^T and Q = sum over tasks of the task's
-own rows of z times z^T.
+own rows of z times z^T. A case in which several LoRAs speak is one more Gram in G, of which Q has the rows of all of
+them; of silence it has none. Neither adds a row to anything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import SolveError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.subspace import Subspace
+from ..statistics.case import Case, singles
 from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics
 
@@ -26,14 +28,15 @@ from ..statistics.sufficient_statistics import SufficientStatistics
 class Ridge:
     """How far the data are trusted, and what holds where they are silent.
 
-    R minimizes  sum over tokens |R z - z_k|^2  +  |(R - R0) D^(1/2)|^2  with a diagonal D of penalties.
+    R minimizes  sum over tokens |R z - z_S|^2  +  |(R - R0) D^(1/2)|^2  with a diagonal D of penalties and z_S the
+    rows of z that belong to the LoRAs that speak.
     """
 
     relative: float = 1e-2  # D as a fraction of each diagonal entry of G: the same wherever scale was folded
     scarcity: float = 1.0  # of the mean diagonal entry of a task's rows, over the noise levels seen to the power of 4
     floor: float = 1e-6  # the same, however many noise levels: for rows that saw nothing
     absolute: float = 0.0  # added to the mean over tokens of z z^T, as the paper does
-    prior: bool = True  # R0 = identity / K, the mean of the tasks; else zero
+    prior: bool = True  # R0 = identity times the share of cases in which a row's LoRA speaks: the mean; else zero
 
     PAPER: ClassVar[Ridge]
 
@@ -112,27 +115,41 @@ def normal_equations(
     ridge: Ridge,
     site: object = "this site",
     correction: Correction | None = None,
+    cases: Sequence[Case] = (),
 ) -> NormalEquations:
-    """The normal equations of a weighted sum of the tasks' tokens.
+    """The normal equations of a weighted sum of the cases' tokens.
 
     Args:
-        weights: (K,) what each task's sums are multiplied with.
+        weights: (C,) what each case's sums are multiplied with.
         correction: further tokens, for `solve_up`.
+        cases: (C,) who speaks; given empty, each LoRA by itself.
     """
+    cases = cases or singles(len(subspace.ranks))
     correlation = torch.zeros(len(subspace.down), len(subspace.down), dtype=torch.float64)
     guide = torch.zeros(subspace.rank, len(correlation), dtype=torch.float64)
-    for weight, gram, block in zip(weights, statistics.grams, subspace.blocks, strict=True):
+    for weight, gram, case in zip(weights, statistics.grams, cases, strict=True):
         correlation.add_(gram, alpha=weight)
-        guide[block] = gram[block] * weight
+        for block in (subspace.blocks[task] for task in case.speakers):
+            guide[block] += gram[block] * weight
     if correction is not None:
         for weight, gram in zip(weights, correction.grams, strict=True):
             correlation.add_(gram, alpha=weight)
     tokens = sum(w * n for w, n in zip(weights, statistics.tokens, strict=True))
     seen = [n for n in statistics.coverage if n]
-    counted = sum(bool(r or (n and w)) for r, n, w in zip(subspace.ranks, statistics.tokens, weights, strict=True))
-    prior = torch.eye(*guide.shape, dtype=torch.float64) * (ridge.prior / counted)
+    counted = [
+        case for case, n, w in zip(cases, statistics.tokens, weights, strict=True) if _counts(case, subspace, n * w)
+    ]
+    prior = torch.zeros(*guide.shape, dtype=torch.float64)
+    for task, block in enumerate(subspace.blocks):
+        said = sum(task in case.speakers for case in counted)
+        prior[block, block].fill_diagonal_(ridge.prior * said / max(len(counted), 1))
     penalties = ridge.penalties(correlation, subspace, tokens, sum(seen) / max(len(seen), 1))
     return NormalEquations(correlation, guide, penalties, prior, f"{site} saw {sum(statistics.tokens)} tokens")
+
+
+def _counts(case: Case, subspace: Subspace, tokens: float) -> bool:
+    """Whether the mean over cases has this one: each LoRA that is there by itself, and whatever was seen."""
+    return bool(tokens) or (len(case.speakers) == 1 and bool(subspace.ranks[case.speakers[0]]))
 
 
 def solve_router(equations: NormalEquations) -> Tensor:
@@ -148,7 +165,7 @@ def solve_router(equations: NormalEquations) -> Tensor:
 def solve_up(equations: NormalEquations, scaled: Subspace, correction: Correction, weights: Sequence[float]) -> Tensor:
     """The routed `up`, (out, R), that also makes up for what the merge did to its own inputs.
 
-    M minimizes  sum |M z - up_k z_k|^2  +  sum |M z' - t|^2  +  |(M - up R0) D^(1/2)|^2,  see Correction.
+    M minimizes  sum |M z - up z_S|^2  +  sum |M z' - t|^2  +  |(M - up R0) D^(1/2)|^2,  see Correction.
 
     Raises:
         SolveError: the sum of both correlations with D is not positive definite.

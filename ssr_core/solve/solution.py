@@ -12,9 +12,11 @@ from torch import Tensor
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..lora.subspace import Subspace
+from ..statistics.case import Case
 from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics
-from .diagnostics import SiteReport, residuals
+from .diagnostics import residuals
+from .merge_report import SiteReport
 from .rank import Directions, Truncation, isotropic_factor
 from .router import NormalEquations, Ridge, normal_equations, solve_router, solve_up
 
@@ -32,6 +34,7 @@ class Solution:
     statistics: SufficientStatistics | None = None  # None: nothing was measured, or nothing is to be routed
     equations: NormalEquations | None = None
     has_own_basis: bool = False  # not the LoRAs' own `up`
+    cases: tuple[Case, ...] = ()  # (C,) who speaks
 
     @property
     def factor(self) -> Tensor:
@@ -70,7 +73,7 @@ class Solution:
         if seen is None or self.equations is None:
             return update, SiteReport(self.site, scaled.ranks, update.rank, energy=kept, spectrum=spectrum)
         condition = self.equations.condition_bound if wanted or routing else math.nan
-        lost = residuals(seen, scaled, router, (self.basis, self.energy) if self.has_own_basis else None)
+        lost = residuals(seen, scaled, router, (self.basis, self.energy) if self.has_own_basis else None, self.cases)
         return update, SiteReport(
             *(self.site, scaled.ranks, update.rank, seen.tokens, lost, condition, kept, seen.coverage),
             *(seen.has_levels, spectrum),
@@ -95,13 +98,15 @@ def solve_site(
     weights: Sequence[float],
     ridge: Ridge,
     routing: float,
+    cases: tuple[Case, ...] = (),
 ) -> Solution:
     """Solve a site whose tasks are at their strengths.
 
     Args:
         statistics: None where the only task, or the only one with a LoRA here, stays as it is.
-        weights: (K,) what each task's sums are multiplied with.
+        weights: (C,) what each case's sums are multiplied with.
         routing: 0 = the plain stack, 1 = fully routed.
+        cases: (C,) who speaks; given empty, each LoRA by itself.
 
     Raises:
         SolveError: the correlation matrix is singular.
@@ -110,7 +115,7 @@ def solve_site(
     if statistics is None:
         own = torch.eye(scaled.rank, dtype=torch.float64)
         return Solution(site, scaled, routing, basis, own, scaled.energy)
-    equations = normal_equations(statistics, scaled, weights, ridge, site, correction)
+    equations = normal_equations(statistics, scaled, weights, ridge, site, correction, cases)
     router, energy, own_basis = plain, scaled.energy, False
     if routing and correction is not None:
         basis = torch.lerp(basis.double() @ plain, solve_up(equations, scaled, correction, weights), routing)
@@ -118,4 +123,4 @@ def solve_site(
         basis = basis.float()
     elif routing:
         router = torch.lerp(plain, solve_router(equations), routing)
-    return Solution(site, scaled, routing, basis, router, energy, statistics, equations, own_basis)
+    return Solution(site, scaled, routing, basis, router, energy, statistics, equations, own_basis, cases)

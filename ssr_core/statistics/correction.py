@@ -7,7 +7,9 @@ a second run does, in which the merged model walks beside the LoRA alone. Data o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,28 +18,30 @@ from ..errors import StatisticsError
 from ..lora.subspace import Subspace
 from .grams import Grams, sum_of_present
 
+NOT_RUN = torch.zeros(0, 0)  # the target of a case that was not run
+
 
 @dataclass(frozen=True, eq=False)
 class Correction:
     """Sums over pairs of tokens: what the merged model saw, and what would have led to the LoRA's own output.
 
-    With W the layer's weight, x what it sees under LoRA k alone and x' what it sees under the merge, the merge should
-    write t = (W + up_k down_k) x - W x' where it sees z' = down x'.
+    With W the layer's weight, x what it sees under the LoRAs S of a case alone and x' what it sees under the merge, the
+    merge should write t = (W + sum over S of up_k down_k) x - W x' where it sees z' = down x'.
     """
 
-    grams: Grams  # (K, R, R), sum of z' z'^T
-    targets: tuple[Tensor, ...]  # (K,) each (out, R) float32, sum of t z'^T; (0, 0) for a task that was not run
+    grams: Grams  # (C, R, R), sum of z' z'^T
+    targets: tuple[Tensor, ...]  # (C,) each (out, R) float32, sum of t z'^T; (0, 0) for a case that was not run
     fingerprint: str  # of the subspace they were measured in
     strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
 
     @property
     def gram(self) -> Tensor:
-        """(K, R, R) float64, unpacked at every call."""
+        """(C, R, R) float64, unpacked at every call."""
         return self.grams.dense()
 
     @property
     def target(self) -> Tensor:
-        """(K, out, R) float32, with zeros where a task was not run."""
+        """(C, out, R) float32, with zeros where a case was not run."""
         shape = max((found.shape for found in self.targets), key=torch.Size.numel)
         return torch.stack([found if found.numel() else torch.zeros(shape) for found in self.targets])
 
@@ -47,8 +51,22 @@ class Correction:
             raise StatisticsError(
                 "These corrections were measured with other LoRAs or strengths and cannot be added; collect them again."
             )
-        targets = tuple(sum_of_present(a, b) for a, b in zip(self.targets, other.targets, strict=True))
+        pairs = zip_longest(self.targets, other.targets, fillvalue=NOT_RUN)
+        targets = tuple(sum_of_present(a, b) for a, b in pairs)
         return Correction(self.grams + other.grams, targets, self.fingerprint, self.strengths)
+
+    def padded(self, cases: int) -> Correction:
+        """With so many cases; those that are new were not run."""
+        targets = self.targets + (NOT_RUN,) * (cases - len(self.targets))
+        return Correction(self.grams.padded(cases), targets, self.fingerprint, self.strengths)
+
+    def chosen(
+        self, cases: Sequence[int | None], rows: Tensor, fingerprint: str, strengths: tuple[float, ...]
+    ) -> Correction:
+        """Of these cases (None: one that was not run) and of these rows, in the subspace with that fingerprint."""
+        targets = (NOT_RUN if case is None else self.targets[case] for case in cases)
+        kept = tuple(target[:, rows] if target.numel() else target for target in targets)
+        return Correction(self.grams.chosen(cases, rows), kept, fingerprint, strengths)
 
     def check(self, subspace: Subspace, site: object) -> None:
         """Raise StatisticsError unless this was measured in `subspace` and is finite."""

@@ -1,33 +1,36 @@
-"""Grams: one Gram matrix per task, each kept as its upper triangle; a task that saw nothing takes no memory."""
+"""Grams: one Gram matrix per case, each kept as its upper triangle; a case that saw nothing takes no memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+NOTHING = torch.empty(0, dtype=torch.float64)  # the sum of a case that saw nothing
+
 
 @dataclass(frozen=True, eq=False)
 class Grams:
-    """K symmetric matrices of one size. Half the memory of full ones, and less where tasks are absent."""
+    """C symmetric matrices of one size. Half the memory of full ones, and less where cases are absent."""
 
     size: int  # R
-    packed: tuple[Tensor, ...]  # (K,) each (R (R + 1) / 2,), the upper triangle by rows, or (0,) for zeros
+    packed: tuple[Tensor, ...]  # (C,) each (R (R + 1) / 2,), the upper triangle by rows, or (0,) for zeros
 
     @classmethod
-    def zeros(cls, tasks: int, size: int) -> Grams:
-        return cls(size, (torch.empty(0, dtype=torch.float64),) * tasks)
+    def zeros(cls, cases: int, size: int) -> Grams:
+        return cls(size, (NOTHING,) * cases)
 
     @classmethod
     def of(cls, matrices: Tensor) -> Grams:
-        """matrices: (K, R, R), of which only the upper triangles are read."""
+        """matrices: (C, R, R), of which only the upper triangles are read."""
         return cls(matrices.shape[-1], tuple(pack(matrix) for matrix in matrices))
 
-    def replaced(self, task: int, packed: Tensor) -> Grams:
-        return Grams(self.size, (*self.packed[:task], packed, *self.packed[task + 1 :]))
+    def replaced(self, case: int, packed: Tensor) -> Grams:
+        return Grams(self.size, (*self.packed[:case], packed, *self.packed[case + 1 :]))
 
     def __len__(self) -> int:
         return len(self.packed)
@@ -37,15 +40,21 @@ class Grams:
         return (unpack(packed, self.size) for packed in self.packed)
 
     def __add__(self, other: Grams) -> Grams:
-        return Grams(self.size, tuple(sum_of_present(a, b) for a, b in zip(self.packed, other.packed, strict=True)))
+        """Cases that one of them does not have saw nothing there."""
+        pairs = zip_longest(self.packed, other.packed, fillvalue=NOTHING)
+        return Grams(self.size, tuple(sum_of_present(a, b) for a, b in pairs))
 
-    def chosen(self, tasks: Sequence[int], rows: Tensor) -> Grams:
-        """Of these tasks, and of these rows and columns of each."""
-        kept = (self.packed[task] for task in tasks)
+    def padded(self, cases: int) -> Grams:
+        """With so many cases; those that are new saw nothing."""
+        return Grams(self.size, self.packed + (NOTHING,) * (cases - len(self.packed)))
+
+    def chosen(self, cases: Sequence[int | None], rows: Tensor) -> Grams:
+        """Of these cases (None: one that saw nothing), and of these rows and columns of each."""
+        kept = (NOTHING if case is None else self.packed[case] for case in cases)
         return Grams(len(rows), tuple(p if not len(p) else pack(unpack(p, self.size)[rows][:, rows]) for p in kept))
 
     def dense(self) -> Tensor:
-        """(K, R, R) float64"""
+        """(C, R, R) float64"""
         return torch.stack(list(self))
 
     def is_finite(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -13,16 +15,16 @@ from .grams import Grams
 
 @dataclass(frozen=True, eq=False)
 class SufficientStatistics:
-    """One Gram matrix per task. G and Q of the paper, residuals and re-weighting are all read off it.
+    """One Gram matrix per case, C of them. G and Q of the paper, residuals and re-weighting are all read off it.
 
     Sums, never means: so statistics of two runs, prompts or machines add up exactly.
     """
 
-    grams: Grams  # given as such or as a tensor (K, R, R)
-    tokens: tuple[int, ...]  # (K,)
+    grams: Grams  # given as such or as a tensor (C, R, R)
+    tokens: tuple[int, ...]  # (C,)
     fingerprint: str  # of the subspace they were measured in
-    samples: tuple[int, ...] = ()  # (K,) images and steps that the tokens come from; their number if nothing is known
-    levels: tuple[frozenset[float], ...] = ()  # (K,) noise levels they were seen at; empty if nothing is known
+    samples: tuple[int, ...] = ()  # (C,) images and steps that the tokens come from; their number if nothing is known
+    levels: tuple[frozenset[float], ...] = ()  # (C,) noise levels they were seen at; empty if nothing is known
 
     def __post_init__(self) -> None:
         if isinstance(self.grams, Tensor):
@@ -32,7 +34,7 @@ class SufficientStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """(K, R, R) float64; gram[k] = sum of z z^T over task k's tokens, z = down @ x. Unpacked at every call."""
+        """(C, R, R) float64; gram[c] = sum of z z^T over case c's tokens, z = down @ x. Unpacked at every call."""
         return self.grams.dense()
 
     @property
@@ -41,35 +43,43 @@ class SufficientStatistics:
 
     @property
     def coverage(self) -> tuple[int, ...]:
-        """(K,) how many different situations were seen: noise levels, or samples where the levels are not known."""
+        """(C,) how many different situations were seen: noise levels, or samples where the levels are not known."""
         return tuple(len(levels) or samples for levels, samples in zip(self.levels, self.samples, strict=True))
 
     @classmethod
     def empty(cls, subspace: Subspace) -> SufficientStatistics:
-        tasks = len(subspace.ranks)
-        return cls(Grams.zeros(tasks, len(subspace.down)), (0,) * tasks, subspace.fingerprint)
+        cases = len(subspace.ranks)  # one for each LoRA, at least
+        return cls(Grams.zeros(cases, len(subspace.down)), (0,) * cases, subspace.fingerprint)
 
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
-        """The statistics of both runs together."""
+        """The statistics of both runs together. Cases that one of them does not have yet saw nothing there."""
         if self.fingerprint != other.fingerprint:
             raise StatisticsError(
                 "These statistics were measured with other LoRAs (or in another order) and cannot be added; "
                 "collect them again with the same LoRAs."
             )
-        tokens = tuple(a + b for a, b in zip(self.tokens, other.tokens, strict=True))
-        samples = tuple(a + b for a, b in zip(self.samples, other.samples, strict=True))
-        levels = tuple(a | b for a, b in zip(self.levels, other.levels, strict=True))
+        tokens = tuple(a + b for a, b in zip_longest(self.tokens, other.tokens, fillvalue=0))
+        samples = tuple(a + b for a, b in zip_longest(self.samples, other.samples, fillvalue=0))
+        unknown = frozenset[float]()
+        levels = tuple(a | b for a, b in zip_longest(self.levels, other.levels, fillvalue=unknown))
         return SufficientStatistics(self.grams + other.grams, tokens, self.fingerprint, samples, levels)
 
-    def without(self, task: int, subspace: Subspace) -> SufficientStatistics:
-        """What would have been measured had task `task` never been there. `subspace` is the one they belong to."""
-        kept = [k for k in range(len(self.tokens)) if k != task]
+    def padded(self, cases: int) -> SufficientStatistics:
+        """With so many cases; those that are new saw nothing."""
+        new = cases - len(self.tokens)
         return SufficientStatistics(
-            self.grams.chosen(kept, subspace.rows_without(task)),
-            tuple(self.tokens[k] for k in kept),
-            subspace.without(task).fingerprint,
-            tuple(self.samples[k] for k in kept),
-            tuple(self.levels[k] for k in kept),
+            *(self.grams.padded(cases), self.tokens + (0,) * new, self.fingerprint),
+            *(self.samples + (0,) * new, self.levels + (frozenset(),) * new),
+        )
+
+    def chosen(self, cases: Sequence[int | None], rows: Tensor, fingerprint: str) -> SufficientStatistics:
+        """Of these cases (None: one that saw nothing) and of these rows, in the subspace with that fingerprint."""
+        return SufficientStatistics(
+            self.grams.chosen(cases, rows),
+            tuple(0 if case is None else self.tokens[case] for case in cases),
+            fingerprint,
+            tuple(0 if case is None else self.samples[case] for case in cases),
+            tuple(frozenset() if case is None else self.levels[case] for case in cases),
         )
 
     def check(self, subspace: Subspace, site: object) -> None:

@@ -15,12 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = {
     "": ("errors", "parallel"),
     "lora": ("low_rank_update", "expansion", "site", "lora", "subspace"),
-    "statistics": ("grams", "sufficient_statistics", "correction", "calibration"),
+    "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration"),
     "measure": (
         *("accumulator", "layer", "sketch", "choice", "tap"),
         *("recording", "refinement", "requirement", "collector", "distributed"),
     ),
-    "solve": ("router", "rank", "selection", "settings", "diagnostics", "weights", "solution", "problem", "merge"),
+    "solve": (
+        *("router", "rank", "selection", "settings", "diagnostics", "merge_report"),
+        *("weights", "solution", "problem", "merge"),
+    ),
     "report": ("conflict", "advice"),
     "files": ("storage", "peft_config", "lora_file", "entry", "statistics_file"),
 }

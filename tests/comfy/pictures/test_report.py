@@ -74,7 +74,8 @@ def test_charts_of_large_models_and_long_names_are_drawn(pack, count):
     blocks = [f"double_blocks.{i}" for i in range(19)] + [f"single_blocks.{i}" for i in range(38)] + ["final_layer"]
     sites = tuple(
         core.SiteConflict(
-            *(core.Site.whole(f"{block}.linear", 8), plain, plain / 9, plain.sum(1), plain.sum(1) / 9, (0.9, 0.1), 8)
+            *(core.Site.whole(f"{block}.linear", 8), plain, plain / 9, plain.sum(1), plain.sum(1) / 9),
+            *(plain.diagonal(), (0.9, 0.1), 8),
         )
         for block in blocks
     )

@@ -149,7 +149,8 @@ def test_a_block_is_the_name_up_to_its_first_number(module, block):
 
 def site(name: str, plain, routed, stack, merge, coverage: int = 8) -> SiteConflict:
     tensors = (torch.tensor(value, dtype=torch.float64) for value in (plain, routed, stack, merge))
-    return SiteConflict(Site.whole(name, 6), *tensors, (0.7, 0.295, 0.005), coverage)
+    effect = torch.tensor(plain, dtype=torch.float64).diagonal()
+    return SiteConflict(Site.whole(name, 6), *tensors, effect, (0.7, 0.295, 0.005), coverage)
 
 
 def quiet(name: str) -> SiteConflict:

@@ -106,7 +106,7 @@ def test_the_text_has_one_line_per_lora_with_its_numbers():
     assert lines[0] == "2 LoRAs, 1 sites, 1 of them shared by two or more"
     assert lines[2].split() == ["cat", "1.00", "40", "0.500", "0.250"]
     assert lines[3].split() == ["long", "name", "0.50", "50", "0.500", "0.333"]
-    assert len(lines) == 5
+    assert lines[5].startswith("Never heard together: cat and long name.") and len(lines) == 6
 
 
 def test_an_error_that_cannot_be_known_is_a_dash():

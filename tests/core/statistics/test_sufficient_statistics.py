@@ -88,7 +88,8 @@ def test_float32_signals_are_summed_in_float64():
 
 @pytest.mark.parametrize("task", range(3))
 def test_statistics_without_a_task_are_those_measured_in_the_subspace_of_the_others(task):
-    reduced = measure(space(), tokens(0)).without(task, space())
+    rows, fingerprint = space().rows_without(task), space().without(task).fingerprint
+    reduced = measure(space(), tokens(0)).chosen([k for k in range(3) if k != task], rows, fingerprint)
     others = [x for k, x in enumerate(tokens(0)) if k != task]
     wanted = measure(space().without(task), others)
     assert (reduced.tokens, reduced.fingerprint) == (wanted.tokens, wanted.fingerprint)
@@ -98,7 +99,7 @@ def test_statistics_without_a_task_are_those_measured_in_the_subspace_of_the_oth
 def test_context_rows_stay_in_statistics_without_a_task():
     joint = space()
     wide = Subspace(torch.cat([joint.down, random(2, 5, dtype=torch.float32)]), joint.up, joint.ranks)
-    reduced = measure(wide, tokens(0)).without(0, wide)
+    reduced = measure(wide, tokens(0)).chosen([1, 2], wide.rows_without(0), wide.without(0).fingerprint)
     wanted = measure(wide.without(0), tokens(0)[1:])
     torch.testing.assert_close(reduced.gram, wanted.gram, rtol=1e-13, atol=1e-13)
     assert reduced.gram.shape == (2, 5, 5)
