@@ -2,7 +2,8 @@
 
     schema -> reading -> calibrating -> writing -> pictures
 
-SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
+SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack, SSR Add Combination
+    -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
 
 SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
 SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
@@ -10,6 +11,7 @@ SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
 
 from comfy_api.latest import ComfyExtension, io
 
+from .add_combination import SSRAddCombination
 from .add_lora import SSRAddLoRA
 from .add_lora_stack import SSRAddLoRAStack
 from .add_stats import SSRAddStats
@@ -28,7 +30,7 @@ from .solve import SSRSolve
 class SSRMergeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRCollectStats),
+            *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
             *(SSRSolve, SSRApply, SSRSaveLoRA, SSRCompare),
             SSRQuickMerge,

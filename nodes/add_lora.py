@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
+from .reading.combination import Combination, parted
 from .reading.file_state import state_of
 from .reading.task import Task
 from .schema.sockets import LoraModelSocket, SSRTasks, schema
@@ -69,13 +70,13 @@ class SSRAddLoRA(io.ComfyNode):
         lora_name: str,
         strength: float,
         calibration: list[Any] | None = None,
-        tasks: tuple[Task, ...] = (),
+        tasks: tuple[Task | Combination, ...] = (),
         lora: Any = None,
         images: Any = None,
     ) -> io.NodeOutput:
         before = tuple(tasks or ())
         if lora is not None:
-            name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(before) + 1}"
+            name = getattr(lora, "metadata", {}).get("modelspec.title") or f"LoRA {len(parted(before)[0]) + 1}"
             return io.NodeOutput((*before, Task(name, lora, strength, list(calibration or ()), images)))
         if lora_name == NONE:
             raise LoraError("SSR Add LoRA: choose a LoRA file, or connect the lora input.")

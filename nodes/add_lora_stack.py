@@ -8,7 +8,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError
+from .calibrating.case_prompts import combinations_of
 from .calibrating.prompt import encode_lines
+from .reading.combination import Combination
 from .reading.lora_stack import read_stack
 from .reading.task import Task
 from .schema.sockets import LoraStackSocket, SSRTasks, schema
@@ -32,13 +34,29 @@ class SSRAddLoRAStack(io.ComfyNode):
                     tooltip="Calibration prompts, one per line, with an empty line between those of one LoRA and those "
                     "of the next, in the order of the stack.",
                 ),
+                io.String.Input(
+                    "combinations",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    optional=True,
+                    tooltip="Prompts that ask for several LoRAs at once, one per line, after the numbers of these in "
+                    "the chain: 1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak.",
+                ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before these."),
             ],
             outputs=[SSRTasks.Output(display_name="tasks", tooltip="All LoRAs added so far.")],
         )
 
     @classmethod
-    def execute(cls, lora_stack: Any, clip: Any, prompts: str, tasks: tuple[Task, ...] = ()) -> io.NodeOutput:
+    def execute(
+        cls,
+        lora_stack: Any,
+        clip: Any,
+        prompts: str,
+        combinations: str = "",
+        tasks: tuple[Task | Combination, ...] = (),
+    ) -> io.NodeOutput:
         entries = read_stack(lora_stack, "SSR Add LoRA Stack")
         blocks = [block.splitlines() for block in re.split(r"\n\s*\n", prompts.strip()) if block.strip()]
         if not entries or len(blocks) != len(entries):
@@ -54,4 +72,5 @@ class SSRAddLoRAStack(io.ComfyNode):
             )
             for entry, lines in zip(entries, blocks, strict=True)
         ]
-        return io.NodeOutput((*(tasks or ()), *added))
+        together = combinations_of(clip, combinations, "SSR Add LoRA Stack")
+        return io.NodeOutput((*(tasks or ()), *added, *together))

@@ -8,9 +8,11 @@ from comfy_api.latest import io
 
 from ..ssr_core.lora.expansion import RANK
 from ..ssr_core.measure.collector import CONTEXT
+from .calibrating.case_prompts import PAIRS
 from .calibrating.collect import collect
 from .calibrating.runs import LAST, REFINE, TOKENS, Sampling
 from .calibrating.stats import Stats
+from .reading.combination import Combination
 from .reading.task import Task
 from .schema import inputs
 from .schema.sockets import ADVANCED, SSRStats, SSRTasks, say, schema
@@ -27,7 +29,7 @@ class SSRCollectStats(io.ComfyNode):
             search_aliases=["merge lora", "lora merge", "ssr merge", "calibrate"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, with what shall stay in it (a speed LoRA, say)."),
-                SSRTasks.Input("tasks", tooltip="The LoRAs to merge, from SSR Add LoRA."),
+                SSRTasks.Input("tasks", tooltip="The LoRAs to merge, from SSR Add LoRA, and SSR Add Combination."),
                 io.Latent.Input(
                     "latent",
                     tooltip="An empty latent of the size you render. A batch gives more samples per prompt.",
@@ -115,6 +117,17 @@ class SSRCollectStats(io.ComfyNode):
                     tooltip="Samples the steps before start_at_step: Wan 2.2's high-noise expert, with its own merge "
                     "on it. Without it the model itself does.",
                 ),
+                io.Int.Input(
+                    "pairs",
+                    default=PAIRS,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="So that the merge obeys two LoRAs at once: where no SSR Add Combination is in the chain, "
+                    "so many prompts of each pair are made of the LoRAs' own, one after the other with a comma, and "
+                    "sampled, too. Your own prompts that ask for both are better. 0 makes none.",
+                    **ADVANCED,
+                ),
                 SSRStats.Input(
                     "like",
                     optional=True,
@@ -130,7 +143,7 @@ class SSRCollectStats(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        tasks: tuple[Task, ...],
+        tasks: tuple[Task | Combination, ...],
         latent: dict[str, Any],
         seed: int,
         steps: int,
@@ -147,6 +160,7 @@ class SSRCollectStats(io.ComfyNode):
         end_at_step: int = LAST,
         model_before: Any = None,
         like: Stats | None = None,
+        pairs: int = PAIRS,
     ) -> io.NodeOutput:
         sampling = Sampling(
             *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
@@ -156,5 +170,6 @@ class SSRCollectStats(io.ComfyNode):
                 *(model, tasks, latent, sampling, lambda text: say(cls, text)),
                 *(context, refine, clip, expand_rank, model_before),
                 like=like,
+                pairs=pairs,
             )
         )

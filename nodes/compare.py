@@ -12,6 +12,7 @@ from .pictures.candidates import candidates, names
 from .pictures.grid import grid
 from .pictures.picture import image_of
 from .pictures.rendering import Rendering, render, scenes_of
+from .reading.combination import Combination, parted
 from .reading.task import Task
 from .schema import inputs
 from .schema.sockets import ADVANCED, LoraModelSocket, SSRTasks, say, schema
@@ -73,7 +74,7 @@ class SSRCompare(io.ComfyNode):
         model: Any,
         clip: Any,
         vae: Any,
-        tasks: tuple[Task, ...],
+        tasks: tuple[Task | Combination, ...],
         lora: Any,
         latent: dict[str, Any],
         prompts: str,
@@ -85,11 +86,12 @@ class SSRCompare(io.ComfyNode):
         negative: list[Any] | None = None,
         cell: int = 256,
     ) -> io.NodeOutput:
+        tasks, together = parted(tasks)
         if not tasks:
             raise LoraError("SSR Compare: there is no LoRA to compare; add some with SSR Add LoRA.")
         if clip is None or vae is None:
             raise LoraError("SSR Compare: this checkpoint brings no text encoder or no VAE; connect loaders of them.")
-        scenes, columns = scenes_of(prompts, tasks), names(tasks)
+        scenes, columns = scenes_of(prompts, (*tasks, *together)), names(tasks)
         how = Rendering(seed, steps, cfg, sampler_name, scheduler)
         on_step = show_steps(model, len(columns) * len(scenes) * steps)
         pictures = {}

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..ssr_core import LoraError
 from .calibrating.stats import Stats
+from .reading.combination import Combination, parted
 from .reading.file_state import state_of
 from .reading.task import Task
 from .schema.sockets import SSRStats, SSRTasks, say, schema
@@ -49,7 +50,8 @@ class SSRLoadStats(io.ComfyNode):
         return state_of(listed().get(file), file)
 
     @classmethod
-    def execute(cls, file: str, model: Any, tasks: tuple[Task, ...], clip: Any = None) -> io.NodeOutput:
+    def execute(cls, file: str, model: Any, tasks: tuple[Task | Combination, ...], clip: Any = None) -> io.NodeOutput:
+        tasks, _ = parted(tasks)
         if not tasks:
             raise LoraError("SSR Load Stats: there is no LoRA; add those that the statistics were collected with.")
         stats = load(find(file), model, tasks, clip)

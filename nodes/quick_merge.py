@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ssr_core import LoraError, MergeSettings
+from .calibrating.case_prompts import PAIRS, combinations_of
 from .calibrating.collect import collect
 from .calibrating.prompt import encode_lines
 from .calibrating.runs import TOKENS, Sampling
@@ -45,6 +46,16 @@ class SSRQuickMerge(io.ComfyNode):
                     tooltip="LoRAs of another pack's stacker, instead of those chosen here: prompts_1 then belongs to "
                     "the first LoRA of the stack.",
                 ),
+                io.String.Input(
+                    "combinations",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=False,
+                    optional=True,
+                    tooltip="Prompts that ask for several LoRAs at once, one per line, after the numbers of these: "
+                    "1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak. Empty: two "
+                    "prompts of each pair are made of the LoRAs' own.",
+                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -70,6 +81,16 @@ class SSRQuickMerge(io.ComfyNode):
                     "1 % of the effect.",
                     **ADVANCED,
                 ),
+                io.Int.Input(
+                    "pairs",
+                    default=PAIRS,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="How many prompts of each pair of LoRAs are made of their own, if combinations are empty. "
+                    "0 makes none, and the merge may forget to do two at once.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the merged LoRA."),
@@ -92,6 +113,7 @@ class SSRQuickMerge(io.ComfyNode):
         clip: Any,
         latent: dict[str, Any],
         lora_stack: Any = None,
+        combinations: str = "",
         negative: list[Any] | None = None,
         cfg: float = 1.0,
         sampler_name: str = "euler",
@@ -99,6 +121,7 @@ class SSRQuickMerge(io.ComfyNode):
         seed: int = 0,
         steps: int = 8,
         rank: int = 0,
+        pairs: int = PAIRS,
         **chosen: Any,
     ) -> io.NodeOutput:
         tasks = tuple(
@@ -111,8 +134,10 @@ class SSRQuickMerge(io.ComfyNode):
             )
             for lora, prompts, where in _chosen(lora_stack, chosen)
         )
+        together = combinations_of(clip, combinations, f"{NAME}: combinations")
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
-        stats = collect(model, tasks, latent, sampling, lambda text: say(cls, text), clip=clip)
+        tell = lambda text: say(cls, text)  # noqa: E731
+        stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)
         lora, report = solve(stats, MergeSettings(rank=AUTO if rank < 0 else rank))
         return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 

@@ -35,6 +35,7 @@ class nodes:
     """Modules of the pack's nodes."""
 
     diffusion_model, runs = _part("nodes.calibrating.diffusion_model"), _part("nodes.calibrating.runs")
+    case_prompts = _part("nodes.calibrating.case_prompts")
     patches, task = _part("nodes.reading.patches"), _part("nodes.reading.task")
 
 
@@ -46,6 +47,7 @@ LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 def collect(patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int) -> Any:
     """What SSR Collect Stats does, without its progress bar."""
     sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
-    runs = nodes.runs.plan(tasks, sampling, CONTEXT, nodes.runs.REFINE)
+    cases = nodes.case_prompts.cases_of(tasks, (), 0)
+    runs = nodes.runs.plan(cases, sampling, CONTEXT, nodes.runs.REFINE)
     ignore = lambda _: None  # noqa: E731
     return nodes.diffusion_model.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]

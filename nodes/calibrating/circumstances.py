@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import comfyui_version
 import torch
 
+from ...ssr_core import Case
+from .case_prompts import CasePrompts
 from .prompt import texts
 
 if TYPE_CHECKING:
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
     from .runs import Sampling
 
 Prompts = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Prompts of several LoRAs at once, or of none."""
+
+    speakers: tuple[int, ...]
+    count: int  # prompts
+    prompts: tuple[str, ...]  # those of known text; empty if they are not told
+    is_glued: bool  # made of the LoRAs' own prompts
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Heard:
+        lists = {name: tuple(values[name]) for name in ("speakers", "prompts")}
+        return cls(**{**values, **lists})
+
+    def reordered(self, order: Sequence[int]) -> Heard:
+        return replace(self, speakers=Case(self.speakers).reordered(order).speakers)
 
 
 @dataclass(frozen=True)
@@ -36,12 +56,20 @@ class Circumstances:
     negative: tuple[str, ...]
     date: str
     versions: Mapping[str, str]  # of this pack, ComfyUI and torch
+    combinations: tuple[Heard, ...] = ()
 
     @classmethod
     def of(
-        cls, model: Any, tasks: Sequence[Task], sampling: Sampling, context: int, refine: int, expand_rank: int
+        cls,
+        model: Any,
+        tasks: Sequence[Task],
+        cases: Sequence[CasePrompts],
+        sampling: Sampling,
+        context: int,
+        refine: int,
+        expand_rank: int,
     ) -> Circumstances:
-        """A run that happens now."""
+        """A run that happens now; of `cases` those of one LoRA are its task."""
         return cls(
             type(model.model).__name__,
             {name: value for name, value in vars(sampling).items() if name != "negative"},
@@ -52,19 +80,25 @@ class Circumstances:
             texts(sampling.negative),
             datetime.date.today().isoformat(),
             {"pack": _version(), "comfyui": comfyui_version.__version__, "torch": torch.__version__},
+            tuple(
+                Heard(one.case.speakers, len(one.conditioning), texts(one.conditioning), one.is_glued)
+                for one in cases[len(tasks) :]
+            ),
         )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Circumstances:
         """What `as_json` gave. TypeError or KeyError if it is something else."""
         lists = {name: tuple(values[name]) for name in ("strengths", "counts", "negative")}
-        return cls(**{**values, **lists, "prompts": tuple(map(tuple, values["prompts"]))})
+        heard = tuple(map(Heard.from_json, values.get("combinations", ())))
+        return cls(**{**values, **lists, "prompts": tuple(map(tuple, values["prompts"])), "combinations": heard})
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def without_prompts(self) -> Circumstances:
-        return replace(self, prompts=(), negative=())
+        heard = tuple(replace(one, prompts=()) for one in self.combinations)
+        return replace(self, prompts=(), negative=(), combinations=heard)
 
     def reordered(self, order: Sequence[int]) -> Circumstances:
         """With the LoRAs in another order: the new k-th is the old order[k]."""
@@ -73,6 +107,7 @@ class Circumstances:
             strengths=tuple(self.strengths[task] for task in order),
             counts=tuple(self.counts[task] for task in order),
             prompts=tuple(self.prompts[task] for task in order) if self.prompts else (),
+            combinations=tuple(one.reordered(order) for one in self.combinations),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ import torch
 from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
+from ..reading.combination import Combination, parted
 from ..reading.patches import read_tasks
 from ..reading.task import Task
+from .case_prompts import PAIRS, CasePrompts, cases_of
 from .circumstances import Circumstances
 from .diffusion_model import calibrate
 from .progress import show_steps
@@ -26,7 +28,7 @@ from .text_encoder import calibrate_text
 
 def collect(
     model: Any,
-    tasks: tuple[Task, ...],
+    tasks: Sequence[Task | Combination],
     latent: dict[str, Any],
     sampling: Sampling,
     tell: Callable[[str], None],
@@ -36,12 +38,14 @@ def collect(
     expand_rank: int = RANK,
     before: Any = None,
     like: Stats | None = None,
+    pairs: int = PAIRS,
 ) -> Stats:
-    """Sample each task's prompts with its LoRA active, and measure.
+    """Sample each case's prompts with its LoRAs active, and measure.
 
     Args:
         tell: is told what happens, in words.
         before: the model that samples the steps before the first that is looked at.
+        pairs: where no combination is asked for, how many prompts of each pair are made of their own.
         like: earlier statistics of the same LoRAs; these are then measured in the same subspaces, and add up with them.
 
     Raises:
@@ -49,32 +53,34 @@ def collect(
         StatisticsError: `like` is of other LoRAs or of another model.
     """
     started = time.perf_counter()
+    tasks, asked = parted(tasks)
     if not tasks:
         raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
     if bare := [task.name for task in tasks if not task.conditioning]:
         raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
     _check(sampling, before)
+    cases = cases_of(tasks, asked, pairs)
     loras = read_tasks(tasks, model, clip, expand_rank)
     if not any(lora.model.updates for lora in loras):
         raise LoraError(
             f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
             "least one must. Load them with Load LoRA instead."
         )
-    collection = Circumstances.of(model, tasks, sampling, context, refine, expand_rank)
+    collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank)
     if like is not None:
         _check_likeness(like, collection, clip)
     earlier = None if like is None else like.calibration.ordered_as([lora.lora for lora in loras])
-    encoded, text = calibrate_text(clip, loras, sampling.negative, None if like is None else like.text)
+    encoded, text = calibrate_text(clip, loras, cases, sampling.negative, None if like is None else like.text)
     runs = plan(encoded, sampling, 0 if like is not None else context, refine)
     calibration, silent = calibrate(
         *(model, loras, runs, latent, 0 if like is not None else context),
         on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
-        on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].task.name}"),
+        on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].case.name}"),
         on_need=lambda need: tell(_needs(need, model.load_device)),
         before=before,
         earlier=earlier,
     )
-    tell(_summary(calibration, tasks, time.perf_counter() - started))
+    tell(_summary(calibration, cases, time.perf_counter() - started))
     of_text = (None,) * len(loras) if text is None else text.loras
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
@@ -106,11 +112,14 @@ def _needs(need: Requirement, device: torch.device) -> str:
     return text
 
 
-def _summary(calibration: Calibration, tasks: tuple[Task, ...], seconds: float) -> str:
-    prompts = sum(len(task.conditioning) for task in tasks)
+def _summary(calibration: Calibration, cases: Sequence[CasePrompts], seconds: float) -> str:
+    prompts, loras = sum(len(one.conditioning) for one in cases), len(calibration.loras)
+    joint = sum(len(one.conditioning) for one in cases[loras:])
+    made = " (made of the LoRAs' own)" if any(one.is_glued for one in cases) else ""
+    together = f", {joint} of them for several LoRAs at once{made}" if joint else ""
     return (
-        f"{len(tasks)} LoRAs, {len(calibration.subspaces)} sites. "
-        f"{prompts} prompts, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
+        f"{loras} LoRAs, {len(calibration.subspaces)} sites. "
+        f"{prompts} prompts{together}, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
     )
 
 

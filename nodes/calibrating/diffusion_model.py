@@ -1,4 +1,4 @@
-"""Calibration: the model samples each task's prompts while a recording listens. No weight is touched."""
+"""Calibration of the diffusion model: it samples each case's prompts while a recording listens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def calibrate(
     """
     collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
     refine = any(run.kind is Kind.REFINE for run in runs)
-    need = collector.requirement(context, refine, itemsize(patcher))
+    combinations = len({run.index for run in runs}) - len(loaded)
+    need = collector.requirement(context, refine, itemsize(patcher), max(combinations, 0))
     on_need(need)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
@@ -56,17 +57,18 @@ def calibrate(
     updates: Mapping[Site, LowRankUpdate] = {}
     for number, run in enumerate(runs):
         on_run(number)
-        if run.kind is Kind.MEASURE and run.index == 0:  # once for all tasks, as below
+        if run.kind is Kind.MEASURE and run.index == 0:  # once for all cases, as below
             collector.see(context)
         if run.kind is Kind.REFINE and run.index == 0:
             known = collector.calibration()
             updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
         with _recording(collector, run, context, updates) as recording:
             begins = begun.get(run.index, ())
-            sample(_prepared(patcher, loaded[run.index]), run, recording, latent, on_step, begins, need.device)
-            if not recording.heard and loaded[run.index].model.updates:
+            speaking = [loaded[task] for task in run.case.case.speakers]
+            sample(_prepared(patcher, speaking), run, recording, latent, on_step, begins, need.device)
+            if not recording.heard and any(lora.model.updates for lora in speaking):
                 raise StatisticsError(
-                    f"{run.task.name}: the model ran, but none of the layers this LoRA changes did. "
+                    f"{run.case.name}: the model ran, but none of the layers this LoRA changes did. "
                     "A node that compiles or converts the model can hide its layers; connect the model before it."
                 )
         silent.update(recording.silent)
@@ -81,17 +83,18 @@ def _recording(
     collector: StatisticsCollector, run: Run, context: int, updates: Mapping[Site, LowRankUpdate]
 ) -> AbstractContextManager[Recording]:
     if run.kind is Kind.REFINE:
-        return collector.refinement(run.index, updates)
-    return collector.recording(run.index, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
+        return collector.refinement(run.case.case.speakers, updates)
+    return collector.recording(run.case.case.speakers, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
 
 
-def _prepared(patcher: Any, lora: LoadedLora) -> Any:
-    """The user's own patcher where nothing has to change, else a clone that carries the task's unrouted parts."""
+def _prepared(patcher: Any, speaking: Sequence[LoadedLora]) -> Any:
+    """The user's own patcher where nothing has to change, else a clone that carries the LoRAs' unrouted parts."""
     multigpu = "multigpu" in getattr(patcher, "additional_models", {})
-    if not (lora.model.patches or multigpu):
+    if not (any(lora.model.patches for lora in speaking) or multigpu):
         return patcher
     patcher = patcher.clone()
     if multigpu:  # hooks sit on one copy of the model, so only that one may run
         patcher.remove_additional_models("multigpu")
-    patcher.add_patches(dict(lora.model.patches), lora.task.strength)
+    for lora in speaking:
+        patcher.add_patches(dict(lora.model.patches), lora.task.strength)
     return patcher

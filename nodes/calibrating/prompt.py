@@ -19,12 +19,13 @@ class Prompt:
 
     text: str
     encoded: Tensor  # the entry's own tensor: a node in between that makes another has changed the meaning
+    clip: Any  # the text encoder that read it
 
 
 def encode(clip: Any, text: str) -> list[Any]:
     """CONDITIONING that remembers its text."""
     entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[cond, {**options, PROMPT: Prompt(text, cond)}] for cond, options in entries]
+    return [[cond, {**options, PROMPT: Prompt(text, cond, clip)}] for cond, options in entries]
 
 
 def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
@@ -43,3 +44,19 @@ def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
 def texts(conditioning: Sequence[Any]) -> tuple[str, ...]:
     """The texts that are known, each once; a schedule has several entries of one text."""
     return tuple(dict.fromkeys(options[PROMPT].text for _, options in conditioning if PROMPT in options))
+
+
+def unchanged(conditioning: Sequence[Any]) -> list[Any]:
+    """Entries whose tensor is still what their text gave, the first of each text."""
+    found: dict[str, Any] = {}
+    for cond, options in conditioning:
+        if PROMPT in options and cond is options[PROMPT].encoded:
+            found.setdefault(options[PROMPT].text, [cond, options])
+    return list(found.values())
+
+
+def glued(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """CONDITIONING of both texts, one after the other; what other nodes added to the first (guidance, say) is kept."""
+    one, other = (entry[1][PROMPT] for entry in (first, second))
+    entries = encode(one.clip, f"{one.text}, {other.text}")
+    return [[cond, {**first[1], **options}] for cond, options in entries]

@@ -55,7 +55,11 @@ def with_collections(provenance: Mapping[str, str], collections: Sequence[Circum
     for task, source in enumerate(sources):
         source["prompts"] = sum(collection.counts[task] for collection in collections)
     calibration = [
-        {**one.sampling, "context": one.context, "refine": one.refine, "model": one.model} for one in collections
+        {
+            **{**one.sampling, "context": one.context, "refine": one.refine, "model": one.model},
+            "combinations": [{"loras": heard.speakers, "prompts": heard.count} for heard in one.combinations],
+        }
+        for one in collections
     ]
     return {
         **provenance,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from ..reading.task import Task
+from .case_prompts import CasePrompts
 
 SURVEY_STEPS = 4
 REFINE = 1
@@ -54,10 +54,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """One recording: some prompts of one task."""
+    """One recording: some prompts of one case."""
 
-    index: int  # of the task
-    task: Task
+    index: int  # of the case
+    case: CasePrompts
     prompts: list[Any]
     sampling: Sampling
     kind: Kind
@@ -68,17 +68,21 @@ class Run:
 
     @property
     def unseen(self) -> int:
-        """Steps that are sampled before those that are looked at, once for all runs of the task."""
-        once = self.task.latent is None and self.kind is Kind.MEASURE
+        """Steps that are sampled before those that are looked at, once for all runs of the case."""
+        once = self.case.latent is None and self.kind is Kind.MEASURE
         return len(self.prompts) * self.sampling.start if once else 0
 
 
-def plan(tasks: Sequence[Task], sampling: Sampling, context: int, refine: int) -> list[Run]:
-    """All prompts of every task, once more for each refinement; before, for context rows, a look at each first one."""
+def plan(cases: Sequence[CasePrompts], sampling: Sampling, context: int, refine: int) -> list[Run]:
+    """All prompts of every case, once more for each refinement; before, for context rows, a look at each first one."""
     short = sampling
     if sampling.seen == sampling.steps:
         short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
-    looks = [Run(i, task, task.conditioning[:1], short, Kind.SURVEY) for i, task in enumerate(tasks) if context]
-    measuring = [Run(i, task, task.conditioning, sampling, Kind.MEASURE) for i, task in enumerate(tasks)]
+    looks = [
+        Run(i, one, one.conditioning[:1], short, Kind.SURVEY)
+        for i, one in enumerate(cases)
+        if context and not one.case.is_combination  # sums of inputs that are seen without them
+    ]
+    measuring = [Run(i, one, one.conditioning, sampling, Kind.MEASURE) for i, one in enumerate(cases)]
     refine = refine if sampling.seen >= REFINE_STEPS else 0
     return looks + measuring + refine * [replace(run, kind=Kind.REFINE) for run in measuring]

@@ -46,14 +46,14 @@ def sample(
     begun: Sequence[torch.Tensor] = (),
     need: int = 0,
 ) -> None:
-    """Sample each prompt of `run` once, with its LoRA active and the recording on.
+    """Sample each prompt of `run` once, with its LoRAs active and the recording on.
 
     Args:
-        latent: LATENT, empty; not used where the task has images of its own.
+        latent: LATENT, empty; not used where the case has images of its own.
         begun: what `begin` gave, if sampling starts later than at the first step.
         need: bytes that the recording will take where the model computes.
     """
-    given = run.task.latent
+    given = run.case.latent
     latent = latent if given is None else dict(given)
     samples = fitting(patcher, latent)
     sampler = comfy.samplers.sampler_object(run.sampling.sampler) if given is None else Revisit()
@@ -90,7 +90,7 @@ def _options(run: Run, index: int, latent: dict[str, Any], on_step: OnStep) -> d
 
 
 def _conditioned(guider: Any, prompt: Any, run: Run) -> Any:
-    negative = run.sampling.negative if run.task.negative is None else run.task.negative
+    negative = run.sampling.negative if run.case.negative is None else run.case.negative
     guider.inner_set_conds({"positive": [prompt]} | ({"negative": [*negative]} if negative else {}))
     guider.set_cfg(run.sampling.cfg if negative else 1.0)
     return guider

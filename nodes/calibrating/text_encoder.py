@@ -14,7 +14,7 @@ from ...ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, 
 from ...ssr_core.lora.site import sum_by_site
 from ..reading.loaded_lora import LoadedLora, Part
 from ..reading.network import GENERIC
-from ..reading.task import Task
+from .case_prompts import CasePrompts
 from .prompt import PROMPT
 
 T = TypeVar("T")
@@ -26,36 +26,39 @@ SCARCITY = 0.01
 
 
 def calibrate_text(
-    clip: Any, loras: Sequence[LoadedLora], negative: Sequence[Any] = (), like: Calibration | None = None
-) -> tuple[list[Task], Calibration | None]:
-    """Encode the prompts of each task again, its LoRA active on the text encoder, and measure there.
+    clip: Any,
+    loras: Sequence[LoadedLora],
+    cases: Sequence[CasePrompts],
+    negative: Sequence[Any] = (),
+    like: Calibration | None = None,
+) -> tuple[list[CasePrompts], Calibration | None]:
+    """Encode the prompts of each case again, its LoRAs active on the text encoder, and measure there.
 
-    So is `negative`, CONDITIONING for all tasks, where its text is known. With statistics that these shall be `like`,
+    So is `negative`, CONDITIONING for all cases, where its text is known. With statistics that these shall be `like`,
     they are measured in the same subspaces.
 
-    Returns the tasks with these encodings, which is what the model will see, and the statistics of the text encoder;
+    Returns the cases with these encodings, which is what the model will see, and the statistics of the text encoder;
     None if no LoRA changes it.
 
     Raises:
         SSRError: a prompt whose text is not known.
     """
-    tasks = [lora.task for lora in loras]
     if clip is None or not any(lora.text.updates or lora.text.patches for lora in loras):
-        return tasks, None
-    for task in tasks:
-        _check_texts(task)
+        return list(cases), None
+    for one in cases:
+        _check_texts(one)
     if not any(lora.text.updates for lora in loras):
-        return [_encoded(clip, lora, negative) for lora in loras], None
+        return [_encoded(clip, loras, one, negative) for one in cases], None
     text_loras = [lora.text_lora for lora in loras]
     earlier = None if like is None else own_names(like).ordered_as(text_loras)
     collector = StatisticsCollector(text_loras, None if earlier is None else earlier.subspaces)
-    encoded: list[Task] = []
+    encoded: list[CasePrompts] = []
     for survey in (0,) if earlier else (CONTEXT, 0):  # first for the context rows, then to measure with them
         encoded = []
-        for index, lora in enumerate(loras):
-            with collector.recording(index, survey) as recording:
+        for one in cases:
+            with collector.recording(one.case.speakers, survey) as recording:
                 recording.attach(clip.cond_stage_model)
-                encoded.append(_encoded(clip, lora, negative))
+                encoded.append(_encoded(clip, loras, one, negative))
         if survey:
             collector.see(survey)
     return encoded, spelt_out(collector.calibration())
@@ -120,23 +123,22 @@ def summed(parts: Sequence[Part], strengths: Sequence[float]) -> dict[Site, LowR
     )
 
 
-def _check_texts(task: Task) -> None:
-    if any(PROMPT not in options for _, options in task.conditioning):
+def _check_texts(one: CasePrompts) -> None:
+    if any(PROMPT not in options for _, options in one.conditioning):
         raise SSRError(
-            f"{task.name}: clip is connected, but the text of its calibration prompts is not known. Encode them with "
+            f"{one.name}: clip is connected, but the text of its calibration prompts is not known. Encode them with "
             "SSR Prompts, or disconnect clip from SSR Collect Stats to have the text encoder's parts summed."
         )
 
 
-def _encoded(clip: Any, lora: LoadedLora, negative: Sequence[Any]) -> Task:
-    """The task with its prompts as its own LoRA makes the text encoder read them."""
-    if lora.text.patches:
-        clip = clip.clone()
+def _encoded(clip: Any, loras: Sequence[LoadedLora], one: CasePrompts, negative: Sequence[Any]) -> CasePrompts:
+    """The case with its prompts as its own LoRAs make the text encoder read them."""
+    patched = [loras[task] for task in one.case.speakers if loras[task].text.patches]
+    clip = clip.clone() if patched else clip
+    for lora in patched:
         clip.add_patches(dict(lora.text.patches), lora.task.text_strength)
-    positive, other = (
-        [encode_anew(clip, entry) for entry in entries] for entries in (lora.task.conditioning, negative)
-    )
-    return replace(lora.task, conditioning=positive, negative=other)
+    positive, other = ([encode_anew(clip, entry) for entry in entries] for entries in (one.conditioning, negative))
+    return replace(one, conditioning=positive, negative=other)
 
 
 def encode_anew(clip: Any, entry: Sequence[Any]) -> list[Any]:

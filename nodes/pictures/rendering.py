@@ -15,6 +15,7 @@ from ...ssr_core import SSRError
 from ..calibrating.prompt import PROMPT, encode
 from ..calibrating.sampling import fitting
 from ..calibrating.text_encoder import encode_anew
+from ..reading.combination import Combination
 from ..reading.task import Task
 from .candidates import Candidate
 from .picture import picture_of
@@ -45,8 +46,8 @@ class Scene:
         return [encode_anew(clip, entry) for entry in self.conditioning]
 
 
-def scenes_of(text: str, tasks: Sequence[Task]) -> list[Scene]:
-    """One per line; without any, the first calibration prompt of each LoRA.
+def scenes_of(text: str, tasks: Sequence[Task | Combination]) -> list[Scene]:
+    """One per line; without any, the first calibration prompt of each LoRA and combination.
 
     Raises:
         SSRError: there is none either.
@@ -58,11 +59,12 @@ def scenes_of(text: str, tasks: Sequence[Task]) -> list[Scene]:
     return scenes
 
 
-def _first(task: Task) -> Scene:
+def _first(task: Task | Combination) -> Scene:
     """All entries of the first prompt: a schedule has several."""
     first = task.conditioning[0]
     if PROMPT not in first[1]:
-        return Scene(f"{task.name}: its first prompt", [first])
+        name = task.name if isinstance(task, Task) else task.which
+        return Scene(f"{name}: its first prompt", [first])
     text = first[1][PROMPT].text
     entries = [e for e in task.conditioning if PROMPT in e[1] and e[1][PROMPT].text == text]
     return Scene(text, entries)

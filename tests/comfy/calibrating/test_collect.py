@@ -19,12 +19,13 @@ LORAS = {
 
 def bypass_sample(model, one_task, steps=4, before=None, **options):
     """The latent that a calibration run of the task ends with."""
-    calibrate, sampling, runs, patches, core = (
+    calibrate, sampling, runs, case_prompts, patches, core = (
         importlib.import_module(f"ssr_pack.{name}")
         for name in (
             "nodes.calibrating.diffusion_model",
             "nodes.calibrating.sampling",
             "nodes.calibrating.runs",
+            "nodes.calibrating.case_prompts",
             "nodes.reading.patches",
             "ssr_core",
         )
@@ -34,9 +35,10 @@ def bypass_sample(model, one_task, steps=4, before=None, **options):
     collector = core.StatisticsCollector([loaded.lora])
     how = runs.Sampling(0, steps, "euler", "simple", **options)
     with torch.inference_mode(), collector.recording(0) as recording:
-        run = runs.Run(0, one_task, one_task.conditioning, how, runs.Kind.MEASURE)
+        (one,) = case_prompts.cases_of([one_task], ())
+        run = runs.Run(0, one, one.conditioning, how, runs.Kind.MEASURE)
         begun = sampling.begin(model, run, empty_latent(), seen.append, before) if run.unseen else ()
-        sampling.sample(calibrate._prepared(model, loaded), run, recording, empty_latent(), seen.append, begun)
+        sampling.sample(calibrate._prepared(model, [loaded]), run, recording, empty_latent(), seen.append, begun)
         assert recording.silent == []
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])

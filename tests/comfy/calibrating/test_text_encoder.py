@@ -23,6 +23,12 @@ PROMPTS = (
 )
 
 
+def cases_of(loras):
+    """Each LoRA by itself, with its prompts."""
+    module = importlib.import_module("ssr_pack.nodes.calibrating.case_prompts")
+    return module.cases_of([lora.task for lora in loras], (), 0)
+
+
 @pytest.fixture(scope="module")
 def clip(pack):
     return tiny_clip(torch.float32)
@@ -106,7 +112,7 @@ def test_calibration_prompts_are_encoded_with_their_own_lora_on_the_text_encoder
     loras[0]["lora_te1_text_model_encoder_layers_0_mlp_fc1.diff_b"] = torch.full((128,), 0.3)
     read_loras = [patches.read_task(task, model, clip) for task in tasks_of(clip, loras)]
     with torch.inference_mode():
-        tasks, calibration = text_encoder.calibrate_text(clip, read_loras)
+        tasks, calibration = text_encoder.calibrate_text(clip, read_loras, cases_of(read_loras))
         for task, lora, lines in zip(tasks, loras, PROMPTS, strict=True):
             for (cond, options), line in zip(task.conditioning, lines.splitlines(), strict=True):
                 alone = load_text(clip, lora)
@@ -181,7 +187,7 @@ def test_options_that_other_nodes_gave_a_prompt_are_kept_and_what_they_encoded_a
     second.conditioning[0][0] = torch.cat([second.conditioning[0][0]] * 2, dim=1)  # as Conditioning (Concat) does
     loras = [patches.read_task(task, model, clip) for task in (first, second)]
     with torch.inference_mode():
-        (one, two), _ = text_encoder.calibrate_text(clip, loras)
+        (one, two), _ = text_encoder.calibrate_text(clip, loras, cases_of(loras))
     assert one.conditioning[0][1]["guidance"] == 3.5
     assert not torch.equal(one.conditioning[0][0], first.conditioning[0][0])
     assert torch.equal(two.conditioning[0][0], second.conditioning[0][0])
@@ -294,7 +300,7 @@ def test_a_negative_prompt_of_known_text_is_read_with_each_lora(model, clip):
     negative = [*prompts(clip, "blurry"), [torch.zeros(1, 77, 64), {}]]
     with torch.inference_mode():
         read_loras = [patches.read_task(task, model, clip) for task in tasks_of(clip, loras)]
-        tasks, _ = text_encoder.calibrate_text(clip, read_loras, negative)
+        tasks, _ = text_encoder.calibrate_text(clip, read_loras, cases_of(read_loras), negative)
         for task, lora in zip(tasks, loras, strict=True):
             assert relative(task.negative[0][0], read(load_text(clip, lora), "blurry")) < 1e-5
             assert torch.equal(task.negative[1][0], negative[1][0])
@@ -344,8 +350,8 @@ def test_saved_statistics_ask_for_the_clip_they_were_collected_with_and_ignore_o
 def test_statistics_of_the_text_encoder_add_up_where_they_were_collected_like_each_other(model, clip):
     core = importlib.import_module("ssr_pack.ssr_core")
     tasks = tasks_of(clip, with_model("kohya", "generic"))
-    first = collect(model, *tasks, steps=1, clip=clip)
-    second = collect(model, *tasks[::-1], steps=1, seed=7, clip=clip, like=first)
+    first = collect(model, *tasks, steps=1, clip=clip, pairs=0)
+    second = collect(model, *tasks[::-1], steps=1, seed=7, clip=clip, like=first, pairs=0)
     both = execute(node("add_stats.SSRAddStats"), stats_a=first, stats_b=second)[0]
     for site, statistics in both.text.statistics.items():
         torch.testing.assert_close(statistics.gram, 2 * first.text.statistics[site].gram, rtol=1e-5, atol=1e-5)

@@ -74,10 +74,13 @@ def sample(family, model, prompt=1):
 
 def sample_hooked(family, lora, model=None):
     """The latent that a calibration run ends with, the LoRA in hooks and no weight touched."""
-    calibrate, patches, runs = map(pack_nodes, ("calibrating.diffusion_model", "reading.patches", "calibrating.runs"))
+    calibrate, runs, case_prompts = map(
+        pack_nodes, ("calibrating.diffusion_model", "calibrating.runs", "calibrating.case_prompts")
+    )
+    patches = pack_nodes("reading.patches")
     model = model_of(family) if model is None else model
     one, seen = task(family, lora), []
-    plan = runs.plan([one], runs.Sampling(0, STEPS, "euler", "simple"), context=0, refine=0)
+    plan = runs.plan(case_prompts.cases_of([one], ()), runs.Sampling(0, STEPS, "euler", "simple"), context=0, refine=0)
     with torch.inference_mode():
         _, silent = calibrate.calibrate(
             *(model, [patches.read_task(one, model)], plan, FAMILIES[family].latent(), 0),

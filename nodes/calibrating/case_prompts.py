@@ -1,0 +1,91 @@
+"""CasePrompts: what is sampled of one case, a LoRA by itself or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from ...ssr_core import Case, SSRError
+from ..reading.combination import Combination, read_lines
+from ..reading.task import Task
+from .prompt import encode_lines, glued, unchanged
+
+PAIRS = 2  # prompts of each pair of LoRAs that are made of their own where none are given
+
+
+@dataclass(frozen=True, eq=False)
+class CasePrompts:
+    """A case with its prompts."""
+
+    case: Case
+    name: str
+    conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
+    latent: Mapping[str, Any] | None = None  # ComfyUI's LATENT of images of its own, instead of sampled ones
+    negative: list[Any] | None = None  # CONDITIONING as these LoRAs' text encoder reads it, instead of everyone's
+    is_glued: bool = False  # made of the prompts of its LoRAs, as nobody gave any
+
+
+def cases_of(tasks: Sequence[Task], asked: Sequence[Combination], pairs: int = PAIRS) -> list[CasePrompts]:
+    """All that is sampled: each LoRA by itself, then what was asked for.
+
+    Args:
+        pairs: where nothing is asked for, so many prompts of each pair of LoRAs are made of their own texts.
+
+    Raises:
+        SSRError: a combination that cannot be meant, or one without prompts.
+    """
+    names = [task.name for task in tasks]
+    singles = [
+        CasePrompts(Case((number,)), task.name, task.conditioning, task.latent, task.negative)
+        for number, task in enumerate(tasks)
+    ]
+    return singles + (_asked(names, asked) if asked else _glued(tasks, pairs))
+
+
+def combinations_of(clip: Any, text: str, where: str) -> list[Combination]:
+    """From lines such as "1+3: mochi the cat, sepia style".
+
+    Raises:
+        SSRError: a line that is none; names `where`.
+    """
+    return [Combination(which, encode_lines(clip, prompts, where)) for which, prompts in read_lines(text, where)]
+
+
+def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePrompts]:
+    """Each case once, with the prompts of all combinations that mean it."""
+    found: dict[Case, list[Any]] = {}
+    for one in asked:
+        case = one.case(names)
+        if case.is_silence and len(names) == 1:
+            raise SSRError(f"{names[0]} is the only LoRA; silence is measured where there are two or more to merge.")
+        if not one.conditioning:
+            raise SSRError(f"The combination {one.which!r} has no prompt; connect SSR Prompts to SSR Add Combination.")
+        found.setdefault(case, []).extend(one.conditioning)
+    return [CasePrompts(case, case.label(names), prompts) for case, prompts in found.items()]
+
+
+def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
+    """Prompts of two LoRAs, one after the other with a comma, for every pair whose texts are known.
+
+    All pairs together have no more prompts than the LoRAs by themselves, and each pair has one at least.
+    """
+    couples = list(combinations(range(len(tasks)), 2))
+    known = [unchanged(task.conditioning) for task in tasks]
+    if not pairs or not couples or any(task.latent is not None for task in tasks) or not all(known):
+        return []
+    count = max(1, min(pairs, sum(len(task.conditioning) for task in tasks) // len(couples)))
+    names = [task.name for task in tasks]
+    found = []
+    for one, other in couples:
+        case = Case((one, other))
+        met = zip(_spread(known[one], count), _spread(known[other], count, 1), strict=True)
+        prompts = [entry for first, second in met for entry in glued(first, second)]
+        found.append(CasePrompts(case, case.label(names), prompts, is_glued=True))
+    return found
+
+
+def _spread(entries: Sequence[Any], count: int, shift: int = 0) -> list[Any]:
+    """`count` of them from all over the list; `shift` so that two lists do not meet at like places."""
+    return [entries[(number * len(entries) // count + shift) % len(entries)] for number in range(count)]

@@ -1,0 +1,96 @@
+"""Combination: prompts that ask for several LoRAs at once, or for none; a part of SSR_TASKS beside the tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...ssr_core import Case, SSRError
+from .task import Task
+
+ALL, NONE = "all", "none"
+SYNTAX = f"Write numbers or names, such as 1, 3, or {ALL}, or {NONE} for prompts where no LoRA should speak"
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Which LoRAs speak, as a person wrote it, and the prompts that ask for them."""
+
+    which: str  # "1, 3", names, "all" or "none"
+    conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
+    negative: list[Any] | None = None  # CONDITIONING as these LoRAs' text encoder reads it, instead of everyone's
+
+    def case(self, names: Sequence[str]) -> Case:
+        """Who speaks, by number.
+
+        Raises:
+            SSRError: a number or name that is no LoRA of the chain, one LoRA twice, or one LoRA only.
+        """
+        word = self.which.strip().lower()
+        if word == NONE:
+            return Case(())
+        speakers = list(range(len(names))) if word == ALL else [_number(part, names) for part in _parts(self.which)]
+        if not speakers:
+            raise SSRError(f"A combination does not say which LoRAs it is of. {SYNTAX}.")
+        if twice := [names[task] for task in dict.fromkeys(speakers) if speakers.count(task) > 1]:
+            raise SSRError(f"The combination {self.which!r} names {twice[0]} twice; name each LoRA once.")
+        if len(speakers) == 1:
+            raise SSRError(
+                f"The combination {self.which!r} is of one LoRA, {names[speakers[0]]}, and one is of two or more. "
+                "Prompts for one LoRA belong to where it is added."
+            )
+        return Case(tuple(sorted(speakers)))
+
+
+def parted(tasks: Iterable[Task | Combination]) -> tuple[tuple[Task, ...], tuple[Combination, ...]]:
+    """The LoRAs and the combinations of an SSR_TASKS, wherever they stand in the chain."""
+    tasks = tuple(tasks)
+    return (
+        tuple(one for one in tasks if isinstance(one, Task)),
+        tuple(one for one in tasks if isinstance(one, Combination)),
+    )
+
+
+def read_lines(text: str, where: str) -> Iterator[tuple[str, list[str]]]:
+    """Which LoRAs, and their prompts, from lines such as "1+3: mochi the cat, sepia style"; those of one kind together.
+
+    Raises:
+        SSRError: a line without a colon, or without a prompt; names `where`.
+    """
+    found: dict[str, list[str]] = {}
+    for line in (line.strip() for line in text.splitlines()):
+        if not line:
+            continue
+        which, colon, prompt = (part.strip() for part in line.partition(":"))
+        if not (which and colon and prompt):
+            raise SSRError(
+                f"{where}: {line!r} is no combination. Write which LoRAs, a colon and a prompt that asks for them, "
+                f"as in 1+3: the cat on a beach, sepia style. {NONE}: stands before prompts where none should speak."
+            )
+        found.setdefault(which, []).append(prompt)
+    yield from found.items()
+
+
+def _parts(which: str) -> list[str]:
+    return [part.strip() for part in re.split(r"[,;+\n]", which) if part.strip()]
+
+
+def _number(part: str, names: Sequence[str]) -> int:
+    """Of the LoRA that a number, a name or an unmistakable part of one stands for."""
+    if part.isdigit():
+        if 1 <= int(part) <= len(names):
+            return int(part) - 1
+        raise SSRError(f"There is no LoRA {part} to combine; there are {_listed(names)}. {SYNTAX}.")
+    wanted = part.casefold()
+    exact = [task for task, name in enumerate(names) if name.casefold() == wanted]
+    found = exact or [task for task, name in enumerate(names) if wanted in name.casefold()]
+    if len(found) != 1:
+        said = "stands for none" if not found else f"may be any of {', '.join(str(task + 1) for task in found)}"
+        raise SSRError(f"{part!r} {said} of the LoRAs to combine, {_listed(names)}. {SYNTAX}.")
+    return found[0]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
