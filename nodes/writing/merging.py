@@ -107,5 +107,10 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
     corrections = stats.calibration.corrections.values()
     if any(correction.strengths != report.strengths for correction in corrections):
         yield "The refinement was measured at other strengths and is left out; collect at these to have it."
+    if any(heard.is_glued for one in stats.collections for heard in one.combinations):
+        yield (
+            "Prompts that ask for two LoRAs at once were made of the LoRAs' own. Prompts of yours that ask for both "
+            "are better: add them with SSR Add Combination."
+        )
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
