@@ -148,3 +148,31 @@ def test_a_file_replaced_under_the_same_name_is_merged_anew(files):
     path.unlink()
     path.write_bytes(content)
     assert cls.fingerprint_inputs(lora_1="cat.safetensors", lora_2="None") != before
+
+
+def test_lines_of_combinations_are_sampled_with_their_loras_together(model, clip, files):
+    lines = "1+2: a cat, a house\nnone: a crowd"
+    *_, report = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"), combinations=lines)
+    assert "\ncat + house" in report and "\nsilence" in report and "Never heard together" not in report
+
+
+def test_without_lines_pairs_are_made_and_can_be_turned_off(model, clip, files):
+    *_, made = quick(model, clip, steps=1, **chosen("cat.safetensors", "house.safetensors"))
+    *_, none = quick(model, clip, steps=1, **chosen("cat.safetensors", "house.safetensors"), pairs=0)
+    assert "\ncat + house" in made and "made of the LoRAs' own" in made
+    assert "\ncat + house" not in none and "Never heard together: cat and house." in none
+
+
+def test_a_combination_of_a_lora_that_is_not_there_is_refused_by_name(model, clip, files):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match="no LoRA 3 to combine; there are 1 cat, 2 house"):
+        quick(model, clip, **chosen("cat.safetensors", "house.safetensors"), combinations="1+3: both")
+
+
+def test_lines_of_combinations_go_along_with_a_stack(clip, files):
+    stack = [("cat.safetensors", 1.0, 1.0), ("house.safetensors", 1.0, 1.0)]
+    (tasks,) = execute(
+        node("add_lora_stack.SSRAddLoRAStack"),
+        **{"lora_stack": stack, "clip": clip, "prompts": "a cat\n\na house", "combinations": "all: a cat, a house"},
+    )
+    assert [getattr(one, "which", "") for one in tasks] == ["", "", "all"]

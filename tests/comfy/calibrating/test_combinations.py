@@ -270,7 +270,7 @@ def test_lines_are_parted_into_loras_and_prompts_and_those_of_one_kind_come_toge
 @pytest.mark.parametrize("line", ["mochi the cat, sepia style", "1+3:", ": a cat"])
 def test_a_line_that_is_no_combination_is_refused_by_name(line):
     core = module("ssr_core")
-    with pytest.raises(core.SSRError, match="here: .*is no combination"):
+    with pytest.raises(core.SSRError, match=r"here: .*is no combination"):
         list(module("nodes.reading.combination").read_lines(line, "here"))
 
 
