@@ -46,10 +46,11 @@ def calibrate(
         earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
             refinement looks at is made from both.
     """
-    collector = StatisticsCollector([one.lora for one in loaded], None if earlier is None else earlier.subspaces)
+    combinations = max(0, len({run.index for run in runs}) - len(loaded))
+    subspaces = None if earlier is None else earlier.subspaces
+    collector = StatisticsCollector([one.lora for one in loaded], subspaces, combinations)
     refine = any(run.kind is Kind.REFINE for run in runs)
-    combinations = len({run.index for run in runs}) - len(loaded)
-    need = collector.requirement(context, refine, itemsize(patcher), max(combinations, 0))
+    need = collector.requirement(context, refine, itemsize(patcher))
     on_need(need)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}

@@ -9,7 +9,7 @@ import comfy.model_management
 import comfy.utils
 from torch import Tensor
 
-from ...ssr_core import Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
+from ...ssr_core import Case, Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
 from ..calibrating.provenance import with_settings
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import merge_text, summed, with_common_names
@@ -107,6 +107,7 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
     corrections = stats.calibration.corrections.values()
     if any(correction.strengths != report.strengths for correction in corrections):
         yield "The refinement was measured at other strengths and is left out; collect at these to have it."
+    yield from _heard_at_other_strengths(stats, report)
     if any(heard.is_glued for one in stats.collections for heard in one.combinations):
         yield (
             "Prompts that ask for two LoRAs at once were made of the LoRAs' own. Prompts of yours that ask for both "
@@ -114,3 +115,24 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
         )
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
+
+
+def _heard_at_other_strengths(stats: Stats, report: Report) -> Iterator[str]:
+    """Combinations whose LoRAs are merged in another proportion than they were heard in."""
+    for one in stats.collections:
+        moved = [
+            Case(heard.speakers).label(report.names)
+            for heard in one.combinations
+            if _proportions(heard.speakers, one.strengths) != _proportions(heard.speakers, report.strengths)
+        ]
+        if moved:
+            yield (
+                f"Heard together at other strengths than they are merged at: {', '.join(moved)}. This holds for small "
+                "changes; for large ones collect again at these strengths."
+            )
+
+
+def _proportions(speakers: Sequence[int], strengths: Sequence[float]) -> list[float]:
+    """To the strongest of them."""
+    most = max((abs(strengths[task]) for task in speakers), default=0.0) or 1.0
+    return [round(strengths[task] / most, 6) for task in speakers]

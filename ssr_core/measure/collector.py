@@ -42,8 +42,14 @@ class StatisticsCollector:
     LoRA should speak.
     """
 
-    def __init__(self, loras: Sequence[Lora], subspaces: Mapping[Site, Subspace] | None = None) -> None:
-        """`subspaces` of an earlier calibration of the same LoRAs, so that the statistics of both add up."""
+    def __init__(
+        self, loras: Sequence[Lora], subspaces: Mapping[Site, Subspace] | None = None, combinations: int = 0
+    ) -> None:
+        """`subspaces` of an earlier calibration of the same LoRAs, so that the statistics of both add up.
+
+        `combinations`: how many cases there will be beside those of one LoRA, as far as is known; only the precision in
+        which very large statistics are kept depends on it.
+        """
         if not loras:
             raise LoraError("There is no LoRA to collect statistics for; give at least one.")
         self.loras = tuple(loras)
@@ -51,6 +57,7 @@ class StatisticsCollector:
         if not self.subspaces:
             raise LoraError(f"None of {', '.join(lora.name for lora in loras)} holds a low-rank update.")
         self._cases = list(singles(len(self.loras)))
+        self._combinations = combinations
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
@@ -167,13 +174,11 @@ class StatisticsCollector:
     def _dtype(self) -> torch.dtype:
         """What statistics are kept in."""
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
-        return statistics_dtype(sizes, len(self._cases))
+        return statistics_dtype(sizes, len(self.loras) + self._combinations)
 
-    def requirement(
-        self, context: int = 0, refine: bool = False, itemsize: int = 4, combinations: int = 0
-    ) -> Requirement:
-        """The memory that collecting will take, see Requirement.of; `combinations`: cases beside those of one LoRA."""
-        return Requirement.of(self.subspaces, context, refine, itemsize, combinations)
+    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
+        """The memory that collecting will take, see Requirement.of."""
+        return Requirement.of(self.subspaces, context, refine, itemsize, self._combinations)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""

@@ -173,6 +173,13 @@ def test_the_merged_file_tells_which_combinations_were_heard(model):
     assert told == [{"loras": [0, 2], "prompts": 2}]
 
 
+def test_combinations_merged_in_another_proportion_than_they_were_heard_in_are_told(model):
+    stats = collect(model, *tasks(), together("1, 3", JOINT), steps=1)
+    assert "at other strengths" not in solve(stats)[1]
+    assert "at other strengths" not in solve(stats, strengths="0.5, 0.7, 0.6")[1]
+    assert "merged at: cat + sepia." in solve(stats, strengths="1, 0.7, 0.3")[1]
+
+
 # --- pairs made of the LoRAs' own prompts ---
 
 

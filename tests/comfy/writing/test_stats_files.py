@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,3 +249,22 @@ def test_what_cannot_be_added_is_refused_by_name(model):
     weaker = collect(model, *tasks(1, strengths=(0.5, 1)), steps=3, context=0, refine=1)
     with pytest.raises(core.StatisticsError, match=r"refined at the strengths 1, 1 and stats_b at 0\.5, 1"):
         add(first, weaker)
+
+
+def test_a_file_of_the_first_version_is_loaded_and_solved(model):
+    """Of the two LoRAs of rank 1 below, one prompt each, one step, without context rows."""
+    import folder_paths
+
+    target = Path(folder_paths.get_output_directory()) / "ssr_stats"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(__file__).parents[1] / "data" / "ssr-stats-1.safetensors", target)
+    loras = flux_lora("kohya", rank=1, alpha=1.0, seed=1), flux_lora("generic", rank=1, seed=2)
+    given = [task(lora, name, 1.0, (1 + i,)) for i, (lora, name) in enumerate(zip(loras, ("cat", "dog"), strict=True))]
+    loaded = load(next(name for name in listed() if "ssr-stats-1" in name), model, given)
+    fresh = collect(model, *given, steps=1, context=0)
+    assert relative(sample(apply(model, solve(loaded)[0])), sample(apply(model, solve(fresh)[0]))) < 1e-4
+    assert loaded.collections[0].combinations == ()
+
+
+def listed():
+    return importlib.import_module("ssr_pack.nodes.writing.stats_folder").listed()
