@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..ssr_core import Calibration, StatisticsError
 from ..ssr_core.lora.lora import find_order
-from .calibrating.provenance import with_collections
+from .calibrating.metadata import with_collections
 from .calibrating.stats import Stats
 from .schema.sockets import SSRStats, schema
 

@@ -3,8 +3,9 @@
 
     COMFYUI_PATH=... python benchmarks/speed/collect.py [--paper SSR-Merge] [--device cuda --dtype bfloat16 [--fp8]]
 
-Four ways to run the same blocks on the same tokens: the plain model; the model patched with one LoRA by ComfyUI; this
-package's recording, in which that LoRA is active and the statistics of all LoRAs are summed; the paper's collector
+Five ways to run the same blocks on the same tokens: the plain model; the model patched with one LoRA by ComfyUI; this
+package's recording, in which that LoRA is active and the statistics of all LoRAs are summed; the same of a combination,
+in which two LoRAs are active; the paper's collector
 (`--paper`, a checkout of github.com/nagara214/SSR-Merge) on the model patched with that LoRA. Putting on and taking off
 is not measured. The table has medians of seconds and of the ratios to the plain model within each repetition. Where
 other work shares the CPU, `--clock cpu` counts the seconds of this process alone.
@@ -84,11 +85,12 @@ def measure(model: nn.Module, args: Sequence[Tensor], tasks: Sequence[Lora], con
         with collector.surveying(model, 0, context):
             model(*args)
         collector.see(context)
-    with collector.recording(0) as recording:
+    with collector.recording(0) as recording, collector.recording((0, 1)) as both:
         around = {
             "plain": None,
             "loader": lambda: patched(model, tasks[0], device),
             "ours": lambda: attached(recording, model),
+            "combination": lambda: attached(both, model),
         }
         if options.paper:
             merger = papers(options.collector, tasks)
@@ -113,7 +115,7 @@ def main() -> None:
         f"width {options.width}, {options.blocks[0]} double and {options.blocks[1]} single blocks, "
         f"{options.clock} clock, medians of {options.repeats}"
     )
-    ways = ["plain", "loader", "ours", *(["paper"] if options.paper else [])]
+    ways = ["plain", "loader", "ours", "combination", *(["paper"] if options.paper else [])]
     print(f"{'tokens':>7} {'LoRAs x rank':>13} {'context':>8} " + "".join(f"{way:>20}" for way in ways))
     with torch.inference_mode():
         model = flux(options.width, options.device, dtype, options.fp8, *options.blocks)

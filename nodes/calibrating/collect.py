@@ -18,9 +18,9 @@ from ..reading.task import Task
 from .case_prompts import PAIRS, CasePrompts, cases_of
 from .circumstances import Circumstances
 from .diffusion_model import calibrate
+from .memory import size
+from .metadata import describe
 from .progress import show_steps
-from .provenance import describe
-from .room import size
 from .runs import REFINE, Sampling, plan
 from .stats import Stats
 from .text_encoder import calibrate_text

@@ -19,7 +19,7 @@ from ...ssr_core import (
     merge,
 )
 from ..reading.loaded_lora import LoadedLora
-from .room import check_host, itemsize
+from .memory import check_host, itemsize
 from .runs import Kind, Run
 from .sampling import OnStep, begin, sample
 

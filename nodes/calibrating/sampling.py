@@ -12,7 +12,7 @@ import comfy.samplers
 import torch
 
 from ...ssr_core import Recording, Refinement
-from .room import make_room
+from .memory import make_room
 from .runs import Run, Sampling
 
 OnStep = Callable[[torch.Tensor], None]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...ssr_core import Lora
 from ...ssr_core.lora.site import Updates
-from .account import Account
 from .task import Task
+from .tensor_account import Account
 
 Patch = tuple[str, tuple[Tensor, ...]]  # ComfyUI's ("diff", (tensor,)) or ("set", (tensor,))
 

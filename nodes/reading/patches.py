@@ -19,12 +19,12 @@ from ...ssr_core.files.lora_file import find_pairs
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.lora.site import sum_by_site
 from . import adapters
-from .account import LEFT_OUT, Account, Expanded, Fate, fates_of
 from .keys import ADAPTER, TEXT_ENCODER, owner
 from .loaded_lora import LoadedLora, Part, Patch
 from .lora_file import read
 from .network import NamesOnly, Network
 from .task import Task
+from .tensor_account import LEFT_OUT, Account, Expanded, Fate, fates_of
 
 
 def read_tasks(tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = RANK) -> list[LoadedLora]:

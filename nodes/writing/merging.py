@@ -10,7 +10,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...ssr_core import Case, Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
-from ..calibrating.provenance import with_settings
+from ..calibrating.metadata import with_settings
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import merge_text, summed, with_common_names
 from ..reading.network import GENERIC

@@ -14,7 +14,7 @@ from ...ssr_core.files.statistics_file import statistics_from, statistics_state
 from ...ssr_core.files.storage import read_metadata, read_safetensors, write_safetensors
 from ...ssr_core.lora.lora import find_order
 from ..calibrating.circumstances import Circumstances
-from ..calibrating.provenance import describe
+from ..calibrating.metadata import describe
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import own_names, spelt_out
 from ..reading.loaded_lora import LoadedLora

@@ -20,7 +20,7 @@ from ..statistics.case import Case, singles
 from ..statistics.correction import NOT_RUN, Correction
 from ..statistics.grams import Grams, unpack
 from ..statistics.sufficient_statistics import SufficientStatistics
-from .entry import Entry, check_sums
+from .statistics_entry import Entry, check_sums
 from .storage import read_safetensors, write_safetensors
 
 PLAIN, WITH_CASES = "statistics 1", "statistics 2"  # formats: each LoRA by itself, or combinations, too

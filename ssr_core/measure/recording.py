@@ -14,9 +14,9 @@ from ..lora.site import Site, canonical
 from ..lora.subspace import Subspace
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .accumulator import Accumulator
-from .choice import Choice
 from .layer import Layer, PlacedUp, add_product, compute_dtype, fits
 from .tap import Joint, Place, Tap, taps_of
+from .token_choice import Choice
 
 SURVEYED = 1024  # tokens of each layer and forward pass that a survey looks at
 

@@ -17,7 +17,7 @@ CORE = {
     "lora": ("low_rank_update", "expansion", "site", "lora", "subspace"),
     "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration"),
     "measure": (
-        *("accumulator", "layer", "sketch", "choice", "tap"),
+        *("accumulator", "layer", "sketch", "token_choice", "tap"),
         *("recording", "refinement", "requirement", "collector", "distributed"),
     ),
     "solve": (
@@ -25,7 +25,7 @@ CORE = {
         *("weights", "solution", "problem", "merge"),
     ),
     "report": ("conflict", "advice"),
-    "files": ("storage", "peft_config", "lora_file", "entry", "statistics_file"),
+    "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
 }
 # Folders of which each may import the ones before it; "" holds the nodes, a file each.
 NODES = ("schema", "reading", "calibrating", "writing", "pictures", "")

@@ -354,7 +354,7 @@ def test_the_memory_that_collecting_takes_is_told_before_it_starts(tiny_flux, mo
 
 
 def test_too_little_memory_for_the_statistics_is_an_error_before_the_first_step(tiny_flux, monkeypatch):
-    room = importlib.import_module("ssr_pack.nodes.calibrating.room")
+    room = importlib.import_module("ssr_pack.nodes.calibrating.memory")
     monkeypatch.setattr(room.management, "get_free_memory", lambda device: 1000)
     monkeypatch.setattr("comfy.samplers.CFGGuider.sample", lambda *args, **kwargs: pytest.fail("a step was sampled"))
     with pytest.raises(ValueError, match=r"need .* of memory, and 0 MB are free.*refine"):

@@ -169,7 +169,7 @@ def test_a_lora_in_hooks_samples_what_it_samples_in_the_weights(family, label, c
 
 @each_spelling
 def test_every_tensor_of_a_file_is_routed(family, label):
-    account, patches = map(pack_nodes, ("reading.account", "reading.patches"))
+    account, patches = map(pack_nodes, ("reading.tensor_account", "reading.patches"))
     for lora in files(family, label):
         read = patches.read_task(task(family, lora), model_of(family))
         assert set(read.account.fates.values()) == {account.Fate.ROUTED}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssr_core.measure.choice import SETS, Choice
+from ssr_core.measure.token_choice import SETS, Choice
 
 CPU = torch.device("cpu")
 
