@@ -1,4 +1,4 @@
-"""Room: memory that collecting takes beside the model, looked for before it starts."""
+"""Memory that collecting takes beside the model, looked for before it starts."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class _Size:
 
     rows: int  # R
     rank: int  # joint, without context rows
-    own: int  # of the largest task
+    own: int  # of the LoRAs that speak at one time, at most
     inputs: int
     out: int
     cases: int
@@ -79,7 +79,8 @@ class _Size:
         inputs = space.down[0].numel()
         rows = len(space.down) + (0 if space.context else min(context, space.down.shape[1]))
         cases = len(space.ranks) + combinations
-        return cls(rows, space.rank, max(space.ranks), inputs, site.stop - site.start, cases)
+        own = space.rank if combinations else max(space.ranks)
+        return cls(rows, space.rank, own, inputs, site.stop - site.start, cases)
 
     def surveyed(self, context: int, itemsize: int) -> int:
         return self.inputs * (4 * (context + OVERSAMPLING) + itemsize * self.own) + itemsize * self.out * self.own

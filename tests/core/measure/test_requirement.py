@@ -10,25 +10,26 @@ from synthetic import mlp, random, random_lora
 
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("refine", [False, True])
-def test_the_memory_of_statistics_is_told_to_the_byte(context, refine):
-    model = mlp()
-    collector = StatisticsCollector([random_lora("cat", model, 3, 1), random_lora("dog", model, 2, 2)])
+@pytest.mark.parametrize("cases", [(0, 1), (0, 1, (0, 1), ())])
+def test_the_memory_of_statistics_is_told_to_the_byte(context, refine, cases):
+    model, loras = mlp(), [random_lora("cat", mlp(), 3, 1), random_lora("dog", mlp(), 2, 2)]
+    collector = StatisticsCollector(loras, combinations=len(cases) - 2)
     need = collector.requirement(context, refine)
-    batches = [random(40, 8, seed=task) for task in range(2)]
+    batches = [random(40, 8, seed=number) for number in range(len(cases))]
     for task in range(2 if context else 0):
         with torch.no_grad(), collector.surveying(model, task, context):
             model(batches[task])
     collector.see(context)
-    for task in range(2):
-        with torch.no_grad(), collector.watching(model, task):
-            model(batches[task])
+    for case, batch in zip(cases, batches, strict=True):
+        with torch.no_grad(), collector.watching(model, case):
+            model(batch)
     updates = merge(collector.calibration()).updates
-    for task in range(2 if refine else 0):
-        with torch.no_grad(), collector.refining(model, task, updates) as run:
+    for case, batch in zip(cases if refine else (), batches, strict=False):
+        with torch.no_grad(), collector.refining(model, case, updates) as run:
             with run.alone():
-                model(batches[task])
+                model(batch)
             with run.merged():
-                model(batches[task])
+                model(batch)
     calibration = collector.calibration()
     kept = sum(seen.grams.nbytes for seen in calibration.statistics.values())
     for correction in calibration.corrections.values():
