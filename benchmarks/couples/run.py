@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two subjects in one picture: how often a merge draws both where they belong, against stacks and a LoRA on each half.
 
-    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/couples/train.py    # once
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/couples/train_couples.py    # once
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/couples/run.py
 
 Judged by templates: of every thing and character of the world in every colour, the one that a half of the picture is
@@ -36,7 +36,7 @@ from regional import BOTH, regional  # noqa: E402
 from merges import without_context  # noqa: E402
 from testbed import dense  # noqa: E402
 from torch import Tensor  # noqa: E402
-from train import BASE, CHARACTERS, FOLDER, HELD_OUT, TUNING  # noqa: E402
+from train_couples import BASE, CHARACTERS, FOLDER, HELD_OUT, TUNING  # noqa: E402
 from training import storage  # noqa: E402
 from training.captions import Captions  # noqa: E402
 from training.latents import PATCH, PatchComponents  # noqa: E402
@@ -44,6 +44,7 @@ from training.latents import PATCH, PatchComponents  # noqa: E402
 combination = host._part("nodes.reading.combination")
 
 STEPS, SEEDS = 12, 8
+BARE, ORACLE = "base", "each on its half (oracle)"
 MARGIN = 4  # pixels in the middle that are not looked at: the two things meet there
 
 
@@ -164,20 +165,30 @@ def calibrated(bed: Bed, names: Sequence[str], joint: Sequence[str], refine: int
 
 def with_owners(bed: Bed, calibration: Any, loras: Sequence[Any], joint: Sequence[str], steps: int = 8) -> Any:
     """The statistics with a case more, in which each LoRA speaks on its half and both in the text."""
-    core, collected = host.ssr_core, {}
-    with regional(bed.patcher.model, loras, collected):
-        bed.draw(joint, steps, first_seed=0)
-    cases, statistics = (*calibration.cases, core.Case((0, 1))), {}
-    for site, seen in calibration.statistics.items():
-        space, found = calibration.subspaces[site], seen
-        for case, owner in ((0, 0), (1, 1), (2, BOTH)):
-            accumulator = core.Accumulator()
-            for rows, owned in collected.get(site.module, ()):
-                z = rows[:, owned == owner].flatten(0, 1) @ space.down.float().mT
-                accumulator.update(z)
-            found = found + accumulator.compute(case, space) if accumulator.tokens else found
-        statistics[site] = found.padded(3)
-    return core.Calibration(calibration.loras, calibration.subspaces, statistics, {}, cases)
+    core, cases = host.ssr_core, (*calibration.cases, host.ssr_core.Case((0, 1)))
+    statistics = dict(calibration.statistics)
+    for swapped in (False, True):  # every other prompt names the second one first, who then stands on the left
+        collected: dict[str, list] = {}
+        with regional(bed.patcher.model, loras[::-1] if swapped else loras, collected):
+            bed.draw(joint[swapped::2], steps, first_seed=0)
+        speakers = {0: int(swapped), 1: int(not swapped), BOTH: 2}
+        for site, seen in statistics.items():
+            statistics[site] = seen + _owned(
+                core, calibration.subspaces[site], collected.get(site.module, ()), speakers
+            )
+    padded = {site: seen.padded(3) for site, seen in statistics.items()}
+    return core.Calibration(calibration.loras, calibration.subspaces, padded, {}, cases)
+
+
+def _owned(core: Any, space: Any, inputs: Sequence[Any], speakers: Mapping[int, int]) -> Any:
+    """Sums over the tokens of each owner, as those of the case in which it speaks."""
+    found = core.SufficientStatistics.empty(space)
+    for owner, case in speakers.items():
+        accumulator = core.Accumulator()
+        for rows, owned in inputs:
+            accumulator.update(rows[:, owned == owner].flatten(0, 1) @ space.down.float().mT)
+        found = found + accumulator.compute(case, space)
+    return found
 
 
 def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
@@ -188,6 +199,8 @@ def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
     refined, _ = calibrated(bed, names, (), 1)
     together, _ = calibrated(bed, names, joint, 0)
     both, _ = calibrated(bed, names, joint, 1)
+    glued = [f"{a}, {b}" for a, b in zip(singles_of(names[0])[:2], singles_of(names[1])[2:4], strict=True)]
+    default, _ = calibrated(bed, names, glued, 1)
     sums = [dense(lora.updates) for lora in loras]
     stack = {name: sum(one.get(name, 0) for one in sums) for name in {n for one in sums for n in one}}
     merged = {
@@ -196,11 +209,12 @@ def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
         "no joint prompts": core.merge(refined),
         "joint prompts, unrefined": core.merge(together),
         "owners, unrefined": core.merge(with_owners(bed, plain, loras, joint)),
+        "own prompts glued (the default)": core.merge(default),
         "joint prompts": core.merge(both),
     }
     return {
-        "base": {},
-        "each on its half (oracle)": loras,
+        BARE: {},
+        ORACLE: loras,
         "stack 1.0": stack,
         "stack 0.7": {name: 0.7 * delta for name, delta in stack.items()},
         **{name: dense(found.updates) for name, found in merged.items()},
@@ -224,11 +238,14 @@ def main() -> None:
             for _ in range(SEEDS)
         ]
         print(f"\n{' + '.join(names)} ({label}), {len(asked)} pictures\n")
-        print("| way | halves right | both right |\n|---|---|---|")
-        for way, deltas in ways(bed, names).items():
+        print("| way | halves right | both right | error against the oracle |\n|---|---|---|---|")
+        found = ways(bed, names)
+        oracle, base = (bed.pixels(_drawn(bed, found[way], asked)).astype(np.float32) for way in (ORACLE, BARE))
+        for way, deltas in found.items():
             pictures = bed.pixels(_drawn(bed, deltas, asked))
             halves, both = judge(pictures, asked)
-            print(f"| {way} | {halves:.2f} | {both:.2f} |", flush=True)
+            error = ((pictures - oracle) ** 2).mean() / ((base - oracle) ** 2).mean()
+            print(f"| {way} | {halves:.2f} | {both:.2f} | {error:.3f} |", flush=True)
             if args.pictures:
                 args.pictures.mkdir(parents=True, exist_ok=True)
                 sheet = np.concatenate(list(pictures[:: SEEDS // 2]), axis=1)

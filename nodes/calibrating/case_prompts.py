@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from ...ssr_core import Case, SSRError
 from ..reading.combination import Combination, read_lines
 from ..reading.task import Task
-from .prompt import encode_lines, glued, unchanged
+from .common_words import common_words, share
+from .prompt import PROMPT, encode_lines, followed, unchanged
 
 PAIRS = 2  # prompts of each pair of LoRAs that are made of their own where none are given
+ALIKE = 1.5  # shares of their own words in two LoRAs' prompts that differ by less are of two of a kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePromp
 
 
 def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
-    """Prompts of two LoRAs, one after the other with a comma, for every pair whose texts are known.
+    """Prompts for every pair of LoRAs, made of their own where the texts of all are known.
 
     All pairs together have no more prompts than the LoRAs by themselves, and each pair has one at least.
     """
@@ -80,10 +82,26 @@ def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
     found = []
     for one, other in couples:
         case = Case((one, other))
-        met = zip(_spread(known[one], count), _spread(known[other], count, 1), strict=True)
-        prompts = [entry for first, second in met for entry in glued(first, second)]
+        prompts = [entry for made in _of_pair(known[one], known[other], count) for entry in made]
         found.append(CasePrompts(case, case.label(names), prompts, is_glued=True))
     return found
+
+
+def _of_pair(one: Sequence[Any], other: Sequence[Any], count: int) -> Iterator[list[Any]]:
+    """CONDITIONING of `count` prompts that ask for both: a prompt of one LoRA, and the words of the other behind it.
+
+    Of the LoRA that stands behind only the words that all its prompts share, if they share any. A character's own words
+    are most of its prompts, and a style's are few, so the character's scenes come in the style and not the other way;
+    two of a kind take turns.
+    """
+    texts = [[entry[1][PROMPT].text for entry in entries] for entries in (one, other)]
+    phrases = [common_words(lines) for lines in texts]
+    shares = [share(phrase, lines) for phrase, lines in zip(phrases, texts, strict=True)]
+    for number in range(count):
+        first = int(shares[1] > shares[0]) if max(shares) > ALIKE * min(shares) else number % 2
+        entry = _spread((one, other)[first], count)[number]
+        behind = _spread(texts[1 - first], count, 1)[number]
+        yield followed(entry, phrases[1 - first] or behind)
 
 
 def _spread(entries: Sequence[Any], count: int, shift: int = 0) -> list[Any]:

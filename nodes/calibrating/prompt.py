@@ -55,8 +55,7 @@ def unchanged(conditioning: Sequence[Any]) -> list[Any]:
     return list(found.values())
 
 
-def glued(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
-    """CONDITIONING of both texts, one after the other; what other nodes added to the first (guidance, say) is kept."""
-    one, other = (entry[1][PROMPT] for entry in (first, second))
-    entries = encode(one.clip, f"{one.text}, {other.text}")
-    return [[cond, {**first[1], **options}] for cond, options in entries]
+def followed(entry: Sequence[Any], words: str) -> list[Any]:
+    """CONDITIONING of an entry's text with more words behind it; what other nodes added (guidance, say) is kept."""
+    prompt = entry[1][PROMPT]
+    return [[cond, {**entry[1], **options}] for cond, options in encode(prompt.clip, f"{prompt.text}, {words}")]

@@ -187,7 +187,10 @@ def with_texts(count: int = 3, clip=None, width: int = 32):
     """Tasks whose prompts remember their text; the tiny Flux reads 32 channels of each token."""
     clip = clip or Narrow(tiny_clip(torch.float32), width)
     encode = module("nodes.calibrating.prompt").encode_lines
-    lines = (("a cat", "a cat at night"), ("a dog", "a dog in the snow"), ("a house, sepia", "a car, sepia"))
+    lines = (
+        *(("a cat", "a cat at night"), ("a dog", "a dog in the snow")),
+        ("a red house on grass, sepia", "a car in the desert, sepia"),
+    )
     return [
         replace(one, conditioning=encode(clip, texts, "test")) for one, texts in zip(tasks(count), lines, strict=False)
     ]
@@ -216,8 +219,22 @@ def texts_of(cases):
 
 def test_pairs_are_made_of_the_loras_own_texts_where_nothing_is_asked_for():
     found = texts_of(module("nodes.calibrating.case_prompts").cases_of(with_texts(), (), 2))
-    assert found["cat + dog"] == ("a cat, a dog in the snow", "a cat at night, a dog")
     assert list(found) == ["cat", "dog", "sepia", "cat + dog", "cat + sepia", "dog + sepia"]
+    assert found["cat + dog"] == ("a cat, dog", "a dog in the snow, cat")  # two of a kind take turns
+    assert found["cat + sepia"] == ("a cat, sepia", "a cat at night, sepia")
+
+
+def test_a_styles_words_follow_the_characters_scenes_wherever_they_stand_in_the_chain():
+    loras = with_texts()
+    found = texts_of(module("nodes.calibrating.case_prompts").cases_of([loras[2], loras[0]], (), 2))
+    assert found["sepia + cat"] == ("a cat, sepia", "a cat at night, sepia")
+
+
+def test_whole_prompts_are_glued_where_a_lora_has_no_words_of_its_own():
+    loras = with_texts(2)
+    loras = [replace(one, conditioning=one.conditioning[:1]) for one in loras]
+    found = texts_of(module("nodes.calibrating.case_prompts").cases_of(loras, (), 2))
+    assert found["cat + dog"] == ("a cat, a dog", "a dog, a cat")
 
 
 def test_all_pairs_together_have_no_more_prompts_than_the_loras_themselves():
@@ -238,7 +255,7 @@ def test_a_prompt_that_another_node_gave_another_tensor_is_not_glued_and_its_opt
     cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts(2)
     guided = [[cond, {**options, "guidance": 3.5}] for cond, options in loras[0].conditioning]
     glued = cases_of([replace(loras[0], conditioning=guided), loras[1]], (), 2)[2]
-    assert all(options["guidance"] == 3.5 for _, options in glued.conditioning)
+    assert [options.get("guidance") for _, options in glued.conditioning] == [3.5, None]  # each has its own scene's
     changed = [[cond + 1, options] for cond, options in loras[0].conditioning]
     assert len(cases_of([replace(loras[0], conditioning=changed), loras[1]], (), 2)) == 2
 

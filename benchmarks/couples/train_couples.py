@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains what the benchmark of couples measures: the demo's model, taught to draw two things, and a LoRA per character.
 
-    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/couples/train.py
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/couples/train_couples.py
 
 What exists already is not trained again.
 """
