@@ -71,13 +71,14 @@ def first_steps(
         "2. In **SSR Quick Merge** choose two to four LoRAs and write a few prompts for each, **with its trigger "
         "words**.",
         "3. Write a prompt for the picture and press **Run**.",
-        "The prompt asks for both LoRAs at once. For that, too, give prompts if you can: four lines in *combinations* "
-        "such as `1+2: inkwash style, anna1 woman in a park`. Left empty, some are made of the LoRAs' own.",
         "The first run measures; later ones only draw. **Load LoRA** lists the saved file.",
     )
     expect = note(
         "What to expect",
         "The report says how much of each LoRA is left: 0 is the LoRA as it is alone, 1 as if it were missing.",
+        "The prompt asks for both LoRAs at once. That comes out better with prompts of your own for both: four lines "
+        "in *combinations*, such as `1+2: inkwash style, anna1 woman in a park`. Left empty, some are made of the "
+        "LoRAs' own.",
         "For more control open the template *two-characters-flux* or *style-and-character-sdxl*: there each step is a "
         "node of its own, and a comparison is included.",
     )
