@@ -139,7 +139,8 @@ def chain(loras: Sequence[Lora], base: Base, joints: Sequence[Joint] = ()) -> tu
     """Columns of nodes that add LoRAs with their prompts, and combinations with theirs, and the list of them all."""
     prompts, guidances, adders = [], [], []
     tasks: dict[str, Source] = {}
-    for one in (*loras, *joints):
+    added: list[Lora | Joint] = [*loras, *joints]
+    for one in added:
         text = {"text": "\n".join(one.prompts)}
         prompt = Node("SSRPrompts", f"SSR Prompts: {one.what}", {"clip": base.clip}, text, 166, "fill in")
         source = prompt["calibration"]
