@@ -10,7 +10,7 @@ from typing import Any
 from ...ssr_core import Case, SSRError
 from ..reading.combination import Combination, read_lines
 from ..reading.task import Task
-from .prompt import encode_lines, glued, unchanged
+from .prompt import common_words, encode_lines, glued, texts, unchanged
 
 PAIRS = 2  # prompts of each pair of LoRAs that are made of their own where none are given
 
@@ -67,7 +67,7 @@ def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePromp
 
 
 def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
-    """Prompts of two LoRAs, one after the other with a comma, for every pair whose texts are known.
+    """For every pair of LoRAs whose texts are known: prompts of the one with the trigger words of the other behind.
 
     All pairs together have no more prompts than the LoRAs by themselves, and each pair has one at least.
     """
@@ -76,16 +76,15 @@ def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
     if not pairs or not couples or any(task.latent is not None for task in tasks) or not all(known):
         return []
     count = max(1, min(pairs, sum(len(task.conditioning) for task in tasks) // len(couples)))
+    words = [common_words(texts(entries)) for entries in known]
     names = [task.name for task in tasks]
     found = []
-    for one, other in couples:
-        case = Case((one, other))
-        met = zip(_spread(known[one], count), _spread(known[other], count, 1), strict=True)
-        prompts = [entry for first, second in met for entry in glued(first, second)]
+    for couple in couples:
+        case = Case(couple)
+        prompts = []
+        for number in range(count):  # each of the two in turn
+            one, other = couple if number % 2 == 0 else couple[::-1]
+            entry = known[one][number * len(known[one]) // count]
+            prompts += glued(entry, known[other][0], words[other])
         found.append(CasePrompts(case, case.label(names), prompts, is_glued=True))
     return found
-
-
-def _spread(entries: Sequence[Any], count: int, shift: int = 0) -> list[Any]:
-    """`count` of them from all over the list; `shift` so that two lists do not meet at like places."""
-    return [entries[(number * len(entries) // count + shift) % len(entries)] for number in range(count)]

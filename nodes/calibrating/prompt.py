@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...ssr_core import SSRError
 
+EDGES = ",.;:()"  # of words
 PROMPT = "ssr_prompt"  # where the text is kept, among the options of an entry of CONDITIONING
 
 
@@ -55,8 +56,22 @@ def unchanged(conditioning: Sequence[Any]) -> list[Any]:
     return list(found.values())
 
 
-def glued(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
-    """CONDITIONING of both texts, one after the other; what other nodes added to the first (guidance, say) is kept."""
-    one, other = (entry[1][PROMPT] for entry in (first, second))
-    entries = encode(one.clip, f"{one.text}, {other.text}")
-    return [[cond, {**first[1], **options}] for cond, options in entries]
+def glued(entry: Sequence[Any], other: Sequence[Any], words: str) -> list[Any]:
+    """CONDITIONING of an entry's text, a comma and words; what other nodes added to either (guidance, say) is kept."""
+    known = entry[1][PROMPT]
+    kept = {**other[1], **entry[1]}
+    return [[cond, {**kept, **options}] for cond, options in encode(known.clip, f"{known.text}, {words}")]
+
+
+def common_words(lines: Sequence[str]) -> str:
+    """The longest run of words in all of them, which is where trigger words are; the first line if they share none."""
+    first, *others = [line.split() for line in lines]
+    plain = [f" {_bare(words)} " for words in others]
+    runs = [first[start:stop] for stop in range(1, len(first) + 1) for start in range(stop)]
+    shared = [run for run in runs if all(f" {_bare(run)} " in line for line in plain)]
+    found = max(shared, key=lambda run: (len(run), sum(map(len, run))), default=first)
+    return " ".join(found).strip(EDGES)
+
+
+def _bare(words: Sequence[str]) -> str:
+    return " ".join(word.casefold().strip(EDGES) for word in words)

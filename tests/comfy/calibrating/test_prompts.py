@@ -27,3 +27,31 @@ def test_no_prompt_at_all_is_refused():
     core = importlib.import_module("ssr_pack.ssr_core")
     with pytest.raises(core.SSRError, match="write one per line"):
         prompts(" \n ")
+
+
+# --- prompts of two LoRAs, made of their own ---
+
+
+@pytest.mark.parametrize(
+    ("lines", "common"),
+    [
+        (["a village at dawn, inkwash style", "a fox in a forest, inkwash style."], "inkwash style"),
+        (["Anna1 woman, portrait", "photo of anna1 woman in a park"], "Anna1 woman"),
+        (["a man in a krndress coat", "a krndress hat", "a couple of krndress hats"], "krndress"),
+        (["one prompt only, inkwash style"], "one prompt only, inkwash style"),
+        (["nothing", "in common"], "nothing"),
+    ],
+)
+def test_trigger_words_are_the_longest_run_of_words_that_all_prompts_share(lines, common):
+    prompt = importlib.import_module("ssr_pack.nodes.calibrating.prompt")
+    assert prompt.common_words(lines) == common
+
+
+def test_each_of_a_pair_lends_its_prompts_in_turn_and_the_other_its_trigger_words():
+    made = importlib.import_module("ssr_pack.nodes.calibrating.case_prompts")
+    task = importlib.import_module("ssr_pack.nodes.reading.task").Task
+    cat = task("cat", "", 1.0, prompts("mochi the cat on grass\nmochi the cat at night"))
+    style = task("style", "", 1.0, prompts("a house, sepia style\na red car in the snow, sepia style"))
+    *_, pair = made.cases_of([cat, style], [], pairs=2)
+    told = [options["ssr_prompt"].text for _, options in pair.conditioning]
+    assert told == ["mochi the cat on grass, sepia style", "a red car in the snow, sepia style, mochi the cat"]
