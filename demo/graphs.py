@@ -12,12 +12,13 @@ Graph = dict[str, dict[str, Any]]
 
 STEPS = 12
 
-COLUMNS = ("base", "LoRA alone", "plain stack", "stack at 0.7", "SSR merge")
+REFERENCE = "LoRAs asked for"  # the one alone, or those that a joint prompt asks for, stacked as a person would
+COLUMNS = ("base", REFERENCE, "plain stack", "stack at 0.7", "SSR merge")
 
 
 def comparison(rows: Sequence[Row], merged: str) -> tuple[Graph, dict[str, tuple[int, int]]]:
     """A picture for every row and column, and which node saves which: {node id: (row, column)}."""
-    graph, models = _models(merged), {}
+    graph, models = _models(merged, rows), {}
     for number, row in enumerate(rows):
         graph[f"prompt {number}"] = _node("CLIPTextEncode", clip=["clip", 0], text=row.prompt)
         for column, name in enumerate(COLUMNS):
@@ -35,33 +36,33 @@ def comparison(rows: Sequence[Row], merged: str) -> tuple[Graph, dict[str, tuple
 
 
 def measurement(rows: Sequence[Row], seeds: Sequence[int], merged: str) -> tuple[Graph, dict[str, tuple[str, str]]]:
-    """The velocity error of every column against the LoRA alone: {node id: (LoRA, column)}."""
-    graph, measured = _models(merged), {}
+    """The velocity error of every column against the LoRAs asked for: {node id: (what is asked for, column)}."""
+    graph, measured = _models(merged, rows), {}
     for number, row in enumerate(rows):
         graph[f"prompt {number}"] = _node("CLIPTextEncode", clip=["clip", 0], text=row.prompt)
         for name in COLUMNS:
-            if name == "LoRA alone":
+            if name == REFERENCE:
                 continue
             for seed in seeds:
                 at = f"error {number} {name} {seed}"
                 graph[at] = _node(
                     "SSRDemoVelocityError",
-                    **{"reference": _model("LoRA alone", row), "model": _model(name, row)},
+                    **{"reference": _model(REFERENCE, row), "model": _model(name, row)},
                     **{"prompt": [f"prompt {number}", 0], "latent": ["latent", 0], "seed": seed, "steps": STEPS},
                 )
-                measured[at] = (row.lora, name)
+                measured[at] = (row.asked, name)
     return graph, measured
 
 
 def errors(outputs: Mapping[str, Any], measured: Mapping[str, tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """{(LoRA, column): mean error relative to the base model's}, from the outputs of a run of `measurement`."""
+    """{(what is asked for, column): mean error relative to the base model's}, from what a run of `measurement` gave."""
     sums: dict[tuple[str, str], float] = {}
     for node, what in measured.items():
         sums[what] = sums.get(what, 0.0) + float(outputs[node]["text"][0])
-    return {(lora, column): total / sums[lora, "base"] for (lora, column), total in sums.items()}
+    return {(asked, column): total / sums[asked, "base"] for (asked, column), total in sums.items()}
 
 
-def _models(merged: str) -> Graph:
+def _models(merged: str, rows: Sequence[Row]) -> Graph:
     """The loaders, and every model of the comparison."""
     graph = {
         "base": _node("UNETLoader", unet_name="tiny_flux.safetensors", weight_dtype="default"),
@@ -70,17 +71,24 @@ def _models(merged: str) -> Graph:
         "latent": _node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
         "SSR merge": _lora(["base", 0], merged, 1.0),
     }
-    for name, strength in (("plain stack", 1.0), ("stack at 0.7", 0.7)):
-        model = ["base", 0]
-        for number, lora in enumerate(LORAS):
-            at = name if number == len(LORAS) - 1 else f"{name} {number}"
-            graph[at] = _lora(model, lora, strength)
-            model = [at, 0]
-    return graph | {lora: _lora(["base", 0], lora, 1.0) for lora in LORAS}
+    graph |= _stack("plain stack", LORAS, 1.0) | _stack("stack at 0.7", LORAS, 0.7)
+    for row in rows:
+        graph |= _stack(row.asked, row.loras, 1.0)
+    return graph
+
+
+def _stack(name: str, loras: Sequence[str], strength: float) -> Graph:
+    """The LoRAs one after the other; the last node bears the name."""
+    graph, model = {}, "base"
+    for number, lora in enumerate(loras, 1):
+        at = name if number == len(loras) else f"{name}, {number}"
+        graph[at] = _lora([model, 0], lora, strength)
+        model = at
+    return graph
 
 
 def _model(column: str, row: Row) -> list[Any]:
-    return [row.lora if column == "LoRA alone" else column, 0]
+    return [row.asked if column == REFERENCE else column, 0]
 
 
 def _lora(model: list[Any], name: str, strength: float) -> dict[str, Any]:

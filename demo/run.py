@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,29 +128,45 @@ def report_of(run: Run) -> str:
 
 
 def draw_comparison(server: ComfyServer, merged: str, show) -> None:
-    graph, places = graphs.comparison(ROWS, merged)
+    rows = [row for row in ROWS if row.is_drawn]
+    graph, places = graphs.comparison(rows, merged)
     outputs = server.run(graph, show).outputs
     pictures = {}
     for node, place in places.items():
         image = outputs[node]["images"][0]
         pictures[place] = server.base_directory / "output" / image["subfolder"] / image["filename"]
-    sheet = picture.grid(pictures, [row.prompt for row in ROWS], graphs.COLUMNS, graphs.COLUMNS.index("SSR merge"))
+    sheet = picture.grid(pictures, [row.prompt for row in rows], graphs.COLUMNS, graphs.COLUMNS.index("SSR merge"))
     sheet.save(OUTPUT / "comparison.png")
 
 
 def measure(server: ComfyServer, merged: str, show) -> str:
-    """The table of errors: mean squared velocity difference from the LoRA alone, relative to the base model's."""
+    """The table of errors: mean squared velocity difference from the LoRAs asked for, relative to the base model's."""
     graph, measured = graphs.measurement(ROWS, ERROR_SEEDS, merged)
-    found = graphs.errors(server.run(graph, show).outputs, measured)
-    columns = [column for column in graphs.COLUMNS if column != "LoRA alone"]
-    width = max(map(len, LORAS))
-    lines = ["Error on held-out prompts and seeds: 0 = the LoRA alone, 1 = the base model without it."]
+    return error_table(graphs.errors(server.run(graph, show).outputs, measured))
+
+
+def error_table(found: Mapping[tuple[str, str], float]) -> str:
+    """One at a time, then two at once, each with its mean."""
+    columns = [column for column in graphs.COLUMNS if column != graphs.REFERENCE]
+    asked = {row.asked: len(row.loras) for row in ROWS}
+    parts = {
+        "mean, one at a time": [name for name, loras in asked.items() if loras == 1],
+        "mean, two at once": [name for name, loras in asked.items() if loras > 1],
+    }
+    width = max(map(len, [*asked, *parts]))
+    lines = [
+        "Error on held-out prompts and seeds: 0 = the LoRAs asked for, as Load LoRA gives them; 1 = the base model."
+    ]
     lines.append(" " * width + "".join(f"{column:>15}" for column in columns))
-    for lora in LORAS:
-        lines.append(f"{lora:<{width}}" + "".join(f"{found[lora, column]:>15.3f}" for column in columns))
-    means = [sum(found[lora, column] for lora in LORAS) / len(LORAS) for column in columns]
-    lines.append(f"{'mean':<{width}}" + "".join(f"{mean:>15.3f}" for mean in means))
+    for mean, names in parts.items():
+        lines += [_figures(name, width, (found[name, column] for column in columns)) for name in names]
+        means = (sum(found[name, column] for name in names) / len(names) for column in columns)
+        lines.append(_figures(mean, width, means))
     return "\n".join(lines)
+
+
+def _figures(label: str, width: int, figures: Iterable[float]) -> str:
+    return f"{label:<{width}}" + "".join(f"{figure:>15.3f}" for figure in figures)
 
 
 def serve(server: ComfyServer) -> None:

@@ -19,7 +19,8 @@ class SSRAddCombination(io.ComfyNode):
             node_id="SSRAddCombination",
             display_name="SSR Add Combination",
             description="Adds prompts that ask for several of the LoRAs at once, such as a character in a style, so "
-            "that the merge does both. Or prompts where no LoRA should speak. Chain it with SSR Add LoRA, anywhere.",
+            "that the merge can do both in one picture; or prompts where no LoRA should speak. It stands anywhere in "
+            "the chain of SSR Add LoRA.",
             search_aliases=["style and character", "several loras at once", "joint prompt", "merge lora", "ssr merge"],
             inputs=[
                 io.String.Input(

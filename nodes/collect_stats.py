@@ -124,8 +124,9 @@ class SSRCollectStats(io.ComfyNode):
                     max=64,
                     optional=True,
                     tooltip="So that the merge obeys two LoRAs at once: where no SSR Add Combination is in the chain, "
-                    "so many prompts of each pair are made of the LoRAs' own, one after the other with a comma, and "
-                    "sampled, too. Your own prompts that ask for both are better. 0 makes none.",
+                    "so many prompts of each pair are made of the LoRAs' own, with the words behind that all prompts "
+                    "of the other share, and sampled, too. Your own prompts that ask for both are better. 0 makes "
+                    "none.",
                     **ADVANCED,
                 ),
                 SSRStats.Input(

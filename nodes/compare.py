@@ -40,8 +40,8 @@ class SSRCompare(io.ComfyNode):
                     default="",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One per line, a row each. Empty: the first calibration prompt of each LoRA. Prompts that "
-                    "the merge was not calibrated on show more.",
+                    tooltip="One per line, a row each. Empty: the first calibration prompt of each LoRA and "
+                    "combination. Prompts that the merge was not calibrated on show more.",
                 ),
                 inputs.seed("Of the noise that all pictures start from."),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each picture."),

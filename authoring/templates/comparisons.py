@@ -11,6 +11,7 @@ from .graph import Group, Node, note
 from .parts import (
     AMBER,
     ANNA,
+    ANNA_INKWASH,
     BERT,
     BLUE,
     COAT,
@@ -18,10 +19,13 @@ from .parts import (
     GREY,
     INKWASH,
     MOCHI,
+    MOCHI_SEPIA,
     PURPLE,
     ROBO,
+    ROBO_SEPIA,
     SEPIA,
     YOURS,
+    Joint,
     Lora,
     Shot,
     chain,
@@ -75,15 +79,18 @@ def style_and_character_sdxl() -> list[Group]:
         (replace(INKWASH), ANNA),
         (Shot("style and character", "inkwash style, anna1 woman standing on a bridge in the rain"),),
         "style-and-character",
+        joints=(ANNA_INKWASH,),
         start=(
-            "A style LoRA and a character LoRA become one. Choose your SDXL checkpoint here and your LoRAs at the "
-            "right.",
+            "A style LoRA and a character LoRA become one that does either, and both at once. Choose your SDXL "
+            "checkpoint here and your LoRAs at the right.",
             "SDXL renders with a negative prompt and cfg 7, so calibration does, too: both are connected to SSR "
             "Collect Stats. So is the text encoder, as LoRAs for SDXL often change it.",
         ),
-        yours=YOURS.format(words="`inkwash style` and `anna1 woman` stand for yours"),
-        expect="Expect the merge to keep the face and the style apart better. SSR Apply has CLIP connected, since the "
-        "merge changes the text encoder where the LoRAs do.",
+        yours=YOURS.format(words="`inkwash style` and `anna1 woman` stand for yours")
+        + "\n\n**SSR Add Combination** has prompts that ask for both, with the trigger words of each. Without them a "
+        "merge learns that one is silent where the other speaks, and forgets to do both.",
+        expect="Expect the face without the style, the style without the face, and both where both are asked for. SSR "
+        "Apply has CLIP connected, since the merge changes the text encoder where the LoRAs do.",
         with_clip=True,
     )
 
@@ -134,18 +141,21 @@ def tiny_demo() -> list[Group]:
             Shot("Mochi", "mochi the cat on the beach", 3),
             Shot("Robo", "robo the robot on the moon", 6),
             Shot("sepia", "a red house on grass, sepia style", 2),
+            Shot("Mochi in sepia", "mochi the cat on the beach, sepia style", 3),
         ),
         "tiny-demo",
+        joints=(MOCHI_SEPIA, ROBO_SEPIA),
         start=(
             "This runs as it is, on any CPU, in the server of the demo (`python3 run.py demo --serve`), which has the "
-            "small model and its three LoRAs. Press **Run**: the LoRAs are merged into one, and the merge draws one "
-            "picture for each of them.",
+            "small model and its three LoRAs. Press **Run**: the LoRAs are merged into one, and the merge draws a "
+            "picture for each of them, and one that asks for two at once.",
             "Change the prompts, the strengths or the settings of SSR Solve and run again. The model knows only the "
             "words of its demo: eight things, eight colours, six places.",
         ),
-        yours=None,
-        expect="The merge should draw each subject much as its LoRA does alone; in the stack the other two LoRAs take "
-        "part in every picture. Change a seed in both samplers of a row.",
+        yours="Four prompts or more for each LoRA. **SSR Add Combination** is for prompts that ask for two at once; "
+        "*loras* says which, by their numbers in the chain.",
+        expect="The merge should draw each subject much as its LoRA does alone, and Mochi in sepia where both are "
+        "asked for; in the stack all three LoRAs take part in every picture. Change a seed in both samplers of a row.",
         batch=2,
         bypassed=False,
     )
@@ -157,6 +167,7 @@ def _merge_and_compare(
     shots: Sequence[Shot],
     name: str,
     *,
+    joints: Sequence[Joint] = (),
     start: Sequence[str],
     yours: str | None,
     expect: str,
@@ -165,7 +176,7 @@ def _merge_and_compare(
     bypassed: bool = True,
 ) -> list[Group]:
     """Five groups: models, LoRAs, the merge, pictures of it, and the same pictures of the plain stack."""
-    columns, tasks = chain(loras, base)
+    columns, tasks = chain(loras, base, joints)
     extra = {}
     negative = None
     if base.negative is not None:

@@ -37,6 +37,15 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Several LoRAs of an example, by their numbers in the chain, and prompts that ask for all of them at once."""
+
+    what: str  # in titles
+    loras: str
+    prompts: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Shot:
     """A picture that a workflow draws."""
 
@@ -111,23 +120,45 @@ SEPIA = Lora(
 )
 
 
-def chain(loras: Sequence[Lora], base: Base) -> tuple[list[list[Node]], Source]:
-    """Columns of nodes that add LoRAs with their prompts, and the list of them all."""
+ANNA_INKWASH = Joint(
+    "both at once",
+    "1, 2",
+    (
+        "inkwash style, anna1 woman, close-up portrait",
+        "inkwash style, anna1 woman walking through a park in autumn",
+        "inkwash style, anna1 woman laughing in a cafe",
+        "inkwash style, anna1 woman reading a book under a tree",
+    ),
+)
+# in the places that the character is calibrated in: the demo judges those that are left
+MOCHI_SEPIA = Joint("Mochi in sepia", "1, 3", [f"{prompt}, sepia style" for prompt in MOCHI.prompts])
+ROBO_SEPIA = Joint("Robo in sepia", "2, 3", [f"{prompt}, sepia style" for prompt in ROBO.prompts])
+
+
+def chain(loras: Sequence[Lora], base: Base, joints: Sequence[Joint] = ()) -> tuple[list[list[Node]], Source]:
+    """Columns of nodes that add LoRAs with their prompts, and combinations with theirs, and the list of them all."""
     prompts, guidances, adders = [], [], []
     tasks: dict[str, Source] = {}
-    for lora in loras:
-        text = {"text": "\n".join(lora.prompts)}
-        prompt = Node("SSRPrompts", f"SSR Prompts: {lora.what}", {"clip": base.clip}, text, 166, "fill in")
+    added: list[Lora | Joint] = [*loras, *joints]
+    for one in added:
+        text = {"text": "\n".join(one.prompts)}
+        prompt = Node("SSRPrompts", f"SSR Prompts: {one.what}", {"clip": base.clip}, text, 166, "fill in")
         source = prompt["calibration"]
         if base.guidance is not None:
             guidances.append(guidance := _guidance(source, base.guidance, 166))
             source = guidance["CONDITIONING"]
-        values = {"lora_name": lora.file, "strength": lora.strength}
-        inputs = {"calibration": source, **tasks}
-        adders.append(Node("SSRAddLoRA", f"SSR Add LoRA: {lora.what}", inputs, values, 166, "fill in"))
+        adders.append(_adder(one, {"calibration": source, **tasks}))
         prompts.append(prompt)
         tasks = {"tasks": adders[-1]["tasks"]}
     return [column for column in (prompts, guidances, adders) if column], tasks["tasks"]
+
+
+def _adder(one: Lora | Joint, inputs: Mapping[str, Source]) -> Node:
+    if isinstance(one, Joint):
+        named = "SSRAddCombination", f"SSR Add Combination: {one.what}"
+        return Node(*named, inputs, {"loras": one.loras}, 166, "fill in")
+    values = {"lora_name": one.file, "strength": one.strength}
+    return Node("SSRAddLoRA", f"SSR Add LoRA: {one.what}", inputs, values, 166, "fill in")
 
 
 def _guidance(source: Source, value: float, height: int | None = None) -> Node:
@@ -241,7 +272,7 @@ def stack_with_clip(loras: Sequence[Lora], base: Base) -> tuple[list[Node], Sour
 
 def with_note(columns: Sequence[Sequence[Node]], yours: str | None) -> list[tuple[int, list[Node | int]]]:
     """Columns of a chain of LoRAs with their widths, a note above the first."""
-    widths = {"SSRPrompts": 400, "FluxGuidance": 210, "SSRAddLoRA": 320}
+    widths = {"SSRPrompts": 400, "FluxGuidance": 210, "SSRAddLoRA": 320}  # by the first of a column
     above = note("Your LoRAs", yours) if yours else None
     space = note_height(above, widths["SSRPrompts"]) + TITLE + GAP if above else 0
     named: list[tuple[int, list[Node | int]]] = []

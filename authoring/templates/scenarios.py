@@ -76,6 +76,9 @@ def first_steps(
     expect = note(
         "What to expect",
         "The report says how much of each LoRA is left: 0 is the LoRA as it is alone, 1 as if it were missing.",
+        "The prompt asks for both LoRAs at once. That comes out better with prompts of your own for both: four lines "
+        "in *combinations*, such as `1+2: inkwash style, anna1 woman in a park`. Left empty, some are made of the "
+        "LoRAs' own.",
         "For more control open the template *two-characters-flux* or *style-and-character-sdxl*: there each step is a "
         "node of its own, and a comparison is included.",
     )

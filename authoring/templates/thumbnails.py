@@ -29,7 +29,7 @@ PAPER, INK, GOOD, BAD = (23, 32, 46), (232, 237, 244), (77, 208, 168), (255, 143
 PICTURES: dict[str, Sequence[str]] = {
     "tiny-demo": ("Mochi", "Robo", "sepia"),
     "two-characters-flux": ("Mochi", "Robo"),
-    "style-and-character-sdxl": ("sepia", "Mochi"),
+    "style-and-character-sdxl": ("sepia", "Mochi", "Mochi in sepia"),
     "three-loras-zimage": ("Mochi", "Robo", "sepia"),
 }
 

@@ -100,8 +100,8 @@ def _of_pair(one: Sequence[Any], other: Sequence[Any], count: int) -> Iterator[l
     for number in range(count):
         first = int(shares[1] > shares[0]) if max(shares) > ALIKE * min(shares) else number % 2
         entry = _spread((one, other)[first], count)[number]
-        behind = _spread(texts[1 - first], count, 1)[number]
-        yield followed(entry, phrases[1 - first] or behind)
+        behind = _spread((one, other)[1 - first], count, 1)[number]
+        yield followed(entry, behind, phrases[1 - first] or behind[1][PROMPT].text)
 
 
 def _spread(entries: Sequence[Any], count: int, shift: int = 0) -> list[Any]:

@@ -55,7 +55,10 @@ def unchanged(conditioning: Sequence[Any]) -> list[Any]:
     return list(found.values())
 
 
-def followed(entry: Sequence[Any], words: str) -> list[Any]:
-    """CONDITIONING of an entry's text with more words behind it; what other nodes added (guidance, say) is kept."""
-    prompt = entry[1][PROMPT]
-    return [[cond, {**entry[1], **options}] for cond, options in encode(prompt.clip, f"{prompt.text}, {words}")]
+def followed(entry: Sequence[Any], other: Sequence[Any], words: str) -> list[Any]:
+    """CONDITIONING of an entry's text with words of another behind it.
+
+    What other nodes added to either (guidance, say) is kept.
+    """
+    prompt, kept = entry[1][PROMPT], {**other[1], **entry[1]}
+    return [[cond, {**kept, **options}] for cond, options in encode(prompt.clip, f"{prompt.text}, {words}")]

@@ -302,7 +302,7 @@ def test_the_tiny_demo_runs_as_it_is_and_ends_with_pictures_a_report_and_a_file(
     ui = read(runtime.ROOT / "workflows" / "tiny-demo.json")
     run = demo_server.run(convert_ui_to_api(ui, object_info))
     images = demo_server.images(run.history)
-    assert len(images) == len(of_type(ui, "SaveImage", "PreviewImage")) == 6
+    assert len(images) == len(of_type(ui, "SaveImage", "PreviewImage")) == 8
     assert all(image.stat().st_size > 1000 for image in images)
     (report,) = of_type(ui, "PreviewAny")
     text = "".join(run.outputs[str(report["id"])]["text"])

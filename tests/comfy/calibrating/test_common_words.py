@@ -20,6 +20,8 @@ def module(name):
         (("a cat in the snow", "a dog on the moon"), ""),  # fillers are no phrase
         (("one prompt only",), ""),
         (("in the style of inkpunk, a house", "a car in the style of inkpunk"), "style of inkpunk"),
+        (("Anna1 woman, portrait", "photo of anna1 woman in a park"), "Anna1 woman"),
+        (("a man in a krndress coat", "a krndress hat", "a couple of krndress hats"), "krndress"),
         ((), ""),
     ],
 )
