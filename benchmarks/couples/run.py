@@ -199,7 +199,8 @@ def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
     refined, _ = calibrated(bed, names, (), 1)
     together, _ = calibrated(bed, names, joint, 0)
     both, _ = calibrated(bed, names, joint, 1)
-    glued = [f"{a}, {b}" for a, b in zip(singles_of(names[0])[:2], singles_of(names[1])[2:4], strict=True)]
+    one, other = names
+    glued = [f"{singles_of(one)[0]}, {CHARACTERS[other]}", f"{singles_of(other)[2]}, {CHARACTERS[one]}"]
     default, _ = calibrated(bed, names, glued, 1)
     sums = [dense(lora.updates) for lora in loras]
     stack = {name: sum(one.get(name, 0) for one in sums) for name in {n for one in sums for n in one}}
@@ -209,7 +210,7 @@ def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
         "no joint prompts": core.merge(refined),
         "joint prompts, unrefined": core.merge(together),
         "owners, unrefined": core.merge(with_owners(bed, plain, loras, joint)),
-        "own prompts glued (the default)": core.merge(default),
+        "pairs of their own prompts (the default)": core.merge(default),
         "joint prompts": core.merge(both),
     }
     return {

@@ -23,11 +23,15 @@ def task_weights(calibration: Calibration, settings: MergeSettings) -> dict[Site
 
 
 def _given(calibration: Calibration, settings: MergeSettings) -> Tensor:
-    """(C,) a combination counts as its LoRAs do on average, silence as all of them."""
+    """(C,) a combination counts as its LoRAs do on average, silence as all of them.
+
+    Balanced, all combinations together count no more than the LoRAs by themselves: of many LoRAs there are many pairs.
+    """
     given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
-    return torch.stack(
-        [given[list(case.speakers)].mean() if case.speakers else given.mean() for case in calibration.cases]
-    )
+    found = [given[list(case.speakers)].mean() if case.speakers else given.mean() for case in calibration.cases]
+    together = torch.tensor([case.is_combination for case in calibration.cases])
+    share = min(1.0, len(given) / max(1, int(together.sum()))) if settings.balanced else 1.0
+    return torch.where(together, share * torch.stack(found), torch.stack(found))
 
 
 def _effects(calibration: Calibration) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from ssr_core import (
     save_statistics,
 )
 from ssr_core.measure.accumulator import Accumulator
+from ssr_core.solve.diagnostics import effects
+from ssr_core.solve.weights import task_weights
 from ssr_core.statistics.case import singles, unheard
 from synthetic import dense, dense_modules, mlp, random, random_lora, random_update, relative_error
 
@@ -192,8 +194,6 @@ def test_silence_lessens_what_the_merge_adds_where_nobody_should_speak():
 
 
 def test_a_combination_counts_as_much_as_a_lora_however_many_tokens_it_saw():
-    from ssr_core.solve.weights import task_weights
-
     calibration = collected()
     for site, weights in task_weights(calibration, MergeSettings()).items():
         grams = calibration.statistics[site].gram
@@ -203,6 +203,17 @@ def test_a_combination_counts_as_much_as_a_lora_however_many_tokens_it_saw():
             effect = float(torch.trace(up[:, rows] @ gram[rows][:, rows] @ up[:, rows].mT)) if rows else 0
             if effect:
                 assert weight * effect == pytest.approx(1)
+
+
+def test_all_combinations_together_count_no_more_than_the_loras_by_themselves():
+    pairs = collected([0, 1, 2, (0, 1), (0, 2), (1, 2)])
+    more = collected([0, 1, 2, (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+    for calibration, share in ((pairs, 1.0), (more, 3 / 4)):
+        site = Site.whole("2", 8)
+        weights = task_weights(calibration, MergeSettings())[site]
+        found = effects(calibration.statistics[site], calibration.subspaces[site], calibration.cases)
+        shares = [weight * effect for weight, effect in zip(weights, found, strict=True)]
+        assert shares == pytest.approx([1.0] * 3 + [share] * (len(calibration.cases) - 3))
 
 
 def test_a_refinement_of_a_combination_aims_at_what_its_loras_make_together():
