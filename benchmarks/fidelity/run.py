@@ -98,14 +98,16 @@ def main() -> None:
     started = time.perf_counter()
     chosen = [subset for subset in subsets(names) if not args.sizes or len(subset) in args.sizes]
     measure = partial(run, args.width, args.budgets, args.images)
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        rows = list(itertools.chain(*pool.map(measure, chosen)))
-    about = (
-        f"Width {args.width}, {args.set} LoRAs {', '.join(names)}. {machine()}, {time.perf_counter() - started:.0f} s."
-    )
     args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / f"{args.width}-{args.set}"
-    target.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1), encoding="utf-8")
+    target, rows = args.out / f"{args.width}-{args.set}", []
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(measure, chosen):
+            rows += found
+            seconds = time.perf_counter() - started
+            about = f"Width {args.width}, {args.set} LoRAs {', '.join(names)}. {machine()}, {seconds:.0f} s."
+            target.with_suffix(".json").write_text(
+                json.dumps({"about": about, "rows": rows}, indent=1), encoding="utf-8"
+            )
     text = report.text(about, rows)
     target.with_suffix(".md").write_text(text, encoding="utf-8")
     report.plot(about, rows, target.with_suffix(".png"))
