@@ -18,7 +18,8 @@ ASKS = {
     "joint": "Prompts for a character in a style, mean over such pairs of a subset; 0 = these two stacked",
 }
 
-RATIOS = "Where only a character and a style are merged, the stack at 1.0 is the reference of the joint prompts itself."
+RATIOS = """Where only a character and a style are merged, the plain stack is the reference of the joint prompts, and
+what is hardly more than a stack is near it; so joint prompts alone are compared where three or more are merged."""
 
 Rows = Sequence[dict]
 
@@ -79,24 +80,25 @@ def _means(rows: Rows, kind: str, asked: str, chosen: Sequence[tuple[int, int]])
 
 def _ratios(rows: Rows) -> str:
     """Means over subsets of the error of one way over that of the best of others."""
-    joint = _subsets(rows, "joint")
+    singles, joint = _subsets(rows), _subsets(rows, "joint")
     many = [subset for subset in joint if subset.count("+") > 1]
-    others, but_the_stack = (*FREE, *RIVALS), (*FREE[1:], *RIVALS)
-    wanted: list[tuple[str, str, str, Sequence[str], list[str]]] = [
-        ("singles, {} / paper", "singles", "ours", ["paper"], _subsets(rows)),
-        ("singles, {} / paper", "singles", "ours, size of one", ["paper"], _subsets(rows)),
-        ("singles, {} / best plain stack", "singles", "ours", STACKS, _subsets(rows)),
-        ("singles, {} / best of all others", "singles", "ours", others, _subsets(rows)),
-        *(("joint, three or more LoRAs, {} / best of all others", "joint", way, others, many) for way in OURS),
-        *(("joint, {} / best of all others but the stack at 1.0", "joint", way, but_the_stack, joint) for way in OURS),
+    others, both = (*FREE, *RIVALS), ("singles", "joint")
+    wanted: list[tuple[str, Sequence[str], str, Sequence[str], list[str]]] = [
+        ("singles, {} / paper", both[:1], "ours", ["paper"], singles),
+        ("singles, {} / paper", both[:1], "ours, size of one", ["paper"], singles),
+        ("singles, {} / best plain stack", both[:1], "ours", STACKS, singles),
+        ("singles, {} / best of all others", both[:1], "ours", others, singles),
+        *(("joint, three or more LoRAs, {} / best of all others", both[1:], way, others, many) for way in OURS),
+        *(("mean of singles and joint, {} / best of all others", both, way, others, joint) for way in OURS),
     ]
 
-    def figure(asked: str, way: str, rivals: Sequence[str], subsets: list[str], budget: tuple[int, int]) -> str:
-        found = [
-            error(rows, "velocity", s, way, budget, asked)
-            / min(error(rows, "velocity", s, rival, budget, asked) for rival in rivals)
-            for s in subsets
-        ]
+    def figure(
+        asked: Sequence[str], way: str, rivals: Sequence[str], subsets: list[str], budget: tuple[int, int]
+    ) -> str:
+        def mean(subset: str, one: str) -> float:
+            return fmean(error(rows, "velocity", subset, one, budget, kind) for kind in asked)
+
+        found = [mean(subset, way) / min(mean(subset, rival) for rival in rivals) for subset in subsets]
         return f"{fmean(found):.2f} ({max(found):.2f})" if found else "-"
 
     body = [
