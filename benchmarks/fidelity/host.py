@@ -35,19 +35,33 @@ class nodes:
     """Modules of the pack's nodes."""
 
     diffusion_model, runs = _part("nodes.calibrating.diffusion_model"), _part("nodes.calibrating.runs")
-    case_prompts = _part("nodes.calibrating.case_prompts")
-    patches, task = _part("nodes.reading.patches"), _part("nodes.reading.task")
+    case_prompts, prompt = _part("nodes.calibrating.case_prompts"), _part("nodes.calibrating.prompt")
+    combination, patches = _part("nodes.reading.combination"), _part("nodes.reading.patches")
+    task = _part("nodes.reading.task")
 
 
 ssr_core = _part("ssr_core")
 CONTEXT = _part("ssr_core.measure.collector").CONTEXT
+PAIRS = nodes.case_prompts.PAIRS
 LATENT = {"samples": torch.zeros(1, 16, 16, 16)}
 
 
-def collect(patcher: Any, tasks: Sequence[Any], loaded: Sequence[Any], steps: int) -> Any:
-    """What SSR Collect Stats does, without its progress bar."""
+def collect(
+    patcher: Any,
+    tasks: Sequence[Any],
+    loaded: Sequence[Any],
+    steps: int,
+    asked: Sequence[Any] = (),
+    pairs: int = PAIRS,
+) -> Any:
+    """What SSR Collect Stats does, without its progress bar.
+
+    Args:
+        asked: combinations, with prompts of their own.
+        pairs: where there are none, how many prompts of each pair of LoRAs are made of their own.
+    """
     sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
-    cases = nodes.case_prompts.cases_of(tasks, (), 0)
+    cases = nodes.case_prompts.cases_of(tasks, asked, pairs)
     runs = nodes.runs.plan(cases, sampling, CONTEXT, nodes.runs.REFINE)
     ignore = lambda _: None  # noqa: E731
     return nodes.diffusion_model.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]

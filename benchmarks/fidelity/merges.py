@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import host
+import rivals
 import torch
 from peft.utils.merge_utils import dare_ties, ties
 from testbed import Deltas, Testbed, dense
@@ -16,9 +17,10 @@ DENSITY = 0.5  # of TIES and DARE-TIES: the share of values that is kept
 
 
 def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]:
-    """What needs no run of the model: plain stacks, TIES, DARE-TIES and an SVD of the mean."""
+    """What needs no run of the model: plain stacks, TIES, DARE-TIES, an SVD of the mean, and three more rivals."""
     rank = bed.rank(names)
     count = len(names)
+    styles = [bed.subjects[name].is_style for name in names]
     return {
         "stack 1.0": _combined(bed, names, lambda deltas: deltas.sum(0)),
         "stack 0.7": _combined(bed, names, lambda deltas: 0.7 * deltas.sum(0)),
@@ -26,27 +28,44 @@ def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]
         "TIES": _combined(bed, names, lambda deltas: ties(list(deltas), torch.ones(count), DENSITY)),
         "DARE-TIES": _combined(bed, names, lambda deltas: _dare(deltas, count)),
         "SVD": _combined(bed, names, lambda deltas: _nearest_of_rank(deltas.mean(0), rank)),
+        "KnOTS": _combined(bed, names, lambda deltas: rivals.knots(deltas, DENSITY)),
+        "WUDI": _combined(bed, names, rivals.wudi),
+        "NP-LoRA": _combined(bed, names, lambda deltas: rivals.null_space(deltas, styles)),
     }
 
 
-def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int) -> Any:
-    """The statistics that SSR Collect Stats gathers with its own code and defaults."""
+def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int) -> dict[str, Deltas]:
+    """RegMean and IterIS, the paper's settings, and ours, all from the same number of points of each LoRA."""
+    alone = statistics(bed, names, steps, prompts, pairs=0)
+    ours = statistics(bed, names, steps, prompts)
+    own = statistics(bed, names, steps, prompts, own=4) if bed.combinations(names) else ours
+    size = bed.rank(names)
+    return {
+        **rivals.fitted(bed, names, steps, prompts),
+        "paper": merged(without_context(alone), host.ssr_core.MergeSettings.PAPER),
+        "ours, no pairs": merged(alone),
+        "ours": merged(ours),
+        "ours, own lines": merged(own),
+        "ours, size of one": merged(ours, host.ssr_core.MergeSettings(rank=size)),
+    }
+
+
+def statistics(
+    bed: Testbed, names: Sequence[str], steps: int, prompts: int, own: int = 0, pairs: int = host.PAIRS
+) -> Any:
+    """What SSR Collect Stats gathers with its own code and defaults.
+
+    Args:
+        own: so many prompts that ask for a character in a style, for all of them, written by a person.
+        pairs: where there are none, how many of each pair of LoRAs are made of their own.
+    """
     tasks = [bed.task(name, prompts) for name in names]
     loaded = [bed.loaded(task) for task in tasks]
-    return host.collect(bed.patcher, tasks, loaded, steps)
+    return host.collect(bed.patcher, tasks, loaded, steps, bed.combinations(names, own) if own else (), pairs)
 
 
-def routed(calibration: Any, names: Sequence[str], bed: Testbed) -> dict[str, Deltas]:
-    """The paper's settings, and ours at full rank and at the size of the largest LoRA, from the same points."""
-    core = host.ssr_core
-    rank = bed.rank(names)
-    paper = core.merge(without_context(calibration), core.MergeSettings.PAPER)
-    ours, small = (core.merge(calibration, core.MergeSettings(rank=r)) for r in (0, rank))
-    return {
-        "paper": dense(paper.updates),
-        "ours": dense(ours.updates),
-        "ours, size of one": dense(small.updates),
-    }
+def merged(calibration: Any, settings: Any = None) -> Deltas:
+    return dense(host.ssr_core.merge(calibration, settings).updates)
 
 
 def without_context(calibration: Any) -> Any:

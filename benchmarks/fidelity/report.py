@@ -3,41 +3,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import isnan
+from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
-FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD")
-CALIBRATED = ("paper", "ours", "ours, size of one")
+FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD", "KnOTS", "WUDI", "NP-LoRA")
+RIVALS = ("RegMean", "IterIS start", "IterIS", "paper")
+OURS = ("ours, no pairs", "ours", "ours, own lines", "ours, size of one")
+CALIBRATED = (*RIVALS, *OURS)
 STACKS = FREE[:3]
+ASKS = {
+    "singles": "Prompts for one LoRA, mean over the LoRAs of a subset; 0 = this LoRA alone",
+    "joint": "Prompts for a character in a style, mean over such pairs of a subset; 0 = these two stacked",
+}
+
+RATIOS = """Where only a character and a style are merged, the plain stack is the reference of the joint prompts, and
+what is hardly more than a stack is near it; so joint prompts alone are compared where three or more are merged."""
 
 Rows = Sequence[dict]
 
 
 def text(about: str, rows: Rows) -> str:
-    parts = [
-        f"# Fidelity\n\n{about}\nError: 0 = the LoRA alone, 1 = the base model, mean over the LoRAs of a subset.\n"
-    ]
-    for kind in ("velocity", "image"):
-        parts.append(f"## {kind.capitalize()} error, mean over {len(_subsets(rows))} subsets\n\n{_means(rows, kind)}")
-    parts.append(f"## Ratios\n\n{_ratios(rows)}")
-    parts.append(f"## Velocity error, subset by subset\n\n{_every(rows)}")
+    """Everything, as Markdown."""
+    parts = [f"# Fidelity\n\n{about}\nError: 0 = the LoRAs that are asked for, alone; 1 = the base model.\n"]
+    for asked, meaning in ASKS.items():
+        for kind in ("velocity", "image"):
+            if chosen := _with(rows, kind):
+                count = len(_subsets(rows, asked))
+                head = f"## {asked.capitalize()}: {kind} error, mean over {count} subsets\n\n{meaning}.\n"
+                parts.append(f"{head}\n{_means(rows, kind, asked, chosen)}")
+    parts.append(f"## Ratios, mean over subsets (worst subset)\n\n{RATIOS}\n\n{_ratios(rows)}")
+    for asked in ASKS:
+        parts.append(f"## {asked.capitalize()}: velocity error, subset by subset\n\n{_every(rows, asked)}")
     return "\n".join(parts)
 
 
-def error(rows: Rows, kind: str, subset: str, way: str, budget: tuple[int, int]) -> float:
-    """Mean over the LoRAs of one subset."""
+def error(rows: Rows, kind: str, subset: str, way: str, budget: tuple[int, int], asked: str = "singles") -> float:
+    """Mean over the asks of one subset; NaN if there are none."""
     budget = (0, 0) if way in FREE else budget
-    return fmean(
+    found = [
         row[kind]
         for row in rows
-        if row["subset"] == subset and row["way"] == way and (row["steps"], row["prompts"]) == budget
-    )
+        if (row["subset"], row["way"], _kind(row)) == (subset, way, asked) and (row["steps"], row["prompts"]) == budget
+    ]
+    return fmean(found) if found else nan
 
 
 def budgets(rows: Rows) -> list[tuple[int, int]]:
     return sorted({(row["steps"], row["prompts"]) for row in rows if row["steps"]})
+
+
+def _kind(row: dict) -> str:
+    return "joint" if "+" in row["ask"] else "singles"
 
 
 def _with(rows: Rows, kind: str) -> list[tuple[int, int]]:
@@ -45,70 +63,78 @@ def _with(rows: Rows, kind: str) -> list[tuple[int, int]]:
     return [b for b in budgets(rows) if not isnan(error(rows, kind, _subsets(rows)[0], "ours", b))]
 
 
-def _subsets(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(row["subset"] for row in rows))
+def _subsets(rows: Rows, asked: str = "singles") -> list[str]:
+    return list(dict.fromkeys(row["subset"] for row in rows if _kind(row) == asked))
 
 
-def _means(rows: Rows, kind: str) -> str:
+def _means(rows: Rows, kind: str, asked: str, chosen: Sequence[tuple[int, int]]) -> str:
+    """A row for each way: there are more of them than of budgets."""
+
     def mean(way: str, budget: tuple[int, int]) -> str:
-        return f"{fmean(error(rows, kind, s, way, budget) for s in _subsets(rows)):.3f}"
+        return f"{fmean(error(rows, kind, s, way, budget, asked) for s in _subsets(rows, asked)):.3f}"
 
-    body = [[_name(b), *(mean(way, b) for way in (*FREE, *CALIBRATED))] for b in _with(rows, kind)]
-    return _table(["steps x prompts", *FREE, *CALIBRATED], body)
+    free = [[way, *[mean(way, chosen[0])] * len(chosen)] for way in FREE]
+    body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in CALIBRATED]
+    return _table(["steps x prompts", *map(_name, chosen)], body)
 
 
 def _ratios(rows: Rows) -> str:
-    def over(kind: str, way: str, other: str) -> Callable[[str, tuple[int, int]], float]:
-        return lambda s, b: error(rows, kind, s, way, b) / error(rows, kind, s, other, b)
-
-    def to_best_stack(subset: str, budget: tuple[int, int]) -> float:
-        best = min(error(rows, "velocity", subset, stack, budget) for stack in STACKS)
-        return error(rows, "velocity", subset, "ours", budget) / best
-
-    wanted = {
-        "velocity, ours / paper, mean": (over("velocity", "ours", "paper"), fmean),
-        "velocity, ours at the size of one / paper, mean": (over("velocity", "ours, size of one", "paper"), fmean),
-        "velocity, ours / best plain stack, mean": (to_best_stack, fmean),
-        "velocity, ours / best plain stack, worst subset": (to_best_stack, max),
-        "image, ours / paper, mean": (over("image", "ours", "paper"), fmean),
-    }
-    body = [
-        [label, *(f"{reduce([ratio(s, b) for s in _subsets(rows)]):.2f}" for b in budgets(rows))]
-        for label, (ratio, reduce) in wanted.items()
+    """Means over subsets of the error of one way over that of the best of others."""
+    singles, joint = _subsets(rows), _subsets(rows, "joint")
+    many = [subset for subset in joint if subset.count("+") > 1]
+    others, both = (*FREE, *RIVALS), ("singles", "joint")
+    wanted: list[tuple[str, Sequence[str], str, Sequence[str], list[str]]] = [
+        ("singles, {} / paper", both[:1], "ours", ["paper"], singles),
+        ("singles, {} / paper", both[:1], "ours, size of one", ["paper"], singles),
+        ("singles, {} / best plain stack", both[:1], "ours", STACKS, singles),
+        ("singles, {} / best of all others", both[:1], "ours", others, singles),
+        *(("joint, three or more LoRAs, {} / best of all others", both[1:], way, others, many) for way in OURS),
+        *(("mean of singles and joint, {} / best of all others", both, way, others, joint) for way in OURS),
     ]
-    return _table(["over subsets", *map(_name, budgets(rows))], body)
 
+    def figure(
+        asked: Sequence[str], way: str, rivals: Sequence[str], subsets: list[str], budget: tuple[int, int]
+    ) -> str:
+        def mean(subset: str, one: str) -> float:
+            return fmean(error(rows, "velocity", subset, one, budget, kind) for kind in asked)
 
-def _every(rows: Rows) -> str:
+        found = [mean(subset, way) / min(mean(subset, rival) for rival in rivals) for subset in subsets]
+        return f"{fmean(found):.2f} ({max(found):.2f})" if found else "-"
+
     body = [
-        [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b):.3f}" for way in (*FREE, *CALIBRATED))]
-        for subset in _subsets(rows)
+        [label.format(way), *(figure(asked, way, rivals, subsets, b) for b in budgets(rows))]
+        for label, asked, way, rivals, subsets in wanted
+    ]
+    return _table(["velocity", *map(_name, budgets(rows))], body)
+
+
+def _every(rows: Rows, asked: str) -> str:
+    body = [
+        [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b, asked):.3f}" for way in (*FREE, *CALIBRATED))]
+        for subset in _subsets(rows, asked)
         for b in budgets(rows)
     ]
     return _table(["LoRAs", "steps x prompts", *FREE, *CALIBRATED], body)
 
 
 def plot(about: str, rows: Rows, target: Path) -> None:
-    """Error against budget, one panel for velocities and one for images."""
+    """Error of prompts for one LoRA and of prompts for two, calibrated with the largest budget."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    names = [_name(b) for b in budgets(rows)]
-    for way in (*STACKS, "TIES", *CALIBRATED):
-        values = [fmean(error(rows, "velocity", s, way, b) for s in _subsets(rows)) for b in budgets(rows)]
-        solved = way in CALIBRATED
-        axes[0].plot(names, values, marker="o" if solved else "", ls="-" if solved else ":", label=way)
-    axes[0].axhline(1, color="grey", lw=0.5)
-    axes[0].set(title="velocity error", xlabel="calibration, steps x prompts", ylim=(0, None))
-    axes[0].legend(fontsize=8)
     last = budgets(rows)[-1]
-    images = {way: fmean(error(rows, "image", s, way, last) for s in _subsets(rows)) for way in (*FREE, *CALIBRATED)}
-    axes[1].barh(list(images)[::-1], list(images.values())[::-1])
-    axes[1].axvline(1, color="grey", lw=0.5)
-    axes[1].set(title=f"image error, calibrated with {_name(last)}")
+    kind = "image" if last in _with(rows, "image") else "velocity"
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained", sharey=True)
+    for axis, asked in zip(axes, ASKS, strict=True):
+        subsets = _subsets(rows, asked)
+        errors = {way: fmean(error(rows, kind, s, way, last, asked) for s in subsets) for way in (*FREE, *CALIBRATED)}
+        colours = ["tab:orange" if way in OURS else "tab:blue" for way in errors]
+        axis.barh(list(errors), list(errors.values()), color=colours)
+        axis.axvline(1, color="grey", lw=0.5)
+        axis.set(title=f"{asked}: {kind} error, calibrated with {_name(last)}")
+    axes[0].invert_yaxis()
     figure.suptitle(about.split(".")[0], fontsize=10)
     figure.savefig(target, dpi=110)
 

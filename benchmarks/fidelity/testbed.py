@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Testbed: a trained model, its LoRAs, and how far any other model is from each LoRA alone."""
+"""Testbed: a trained model, its LoRAs, and how far any other model is from what a LoRA, or two at once, would do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,15 +17,19 @@ import world
 from torch import Tensor, nn
 from train import BASE, folder_of
 from training import storage
-from training.captions import Captions, wordings
+from training.captions import wordings
 from training.latents import CHANNELS, PatchComponents
 from training.lora import Recipe
 
+import tiny_clip
+
 Deltas = Mapping[str, Tensor]  # module -> dense difference of its weight, (out, in)
+Ask = tuple[str, ...]  # the LoRAs that a prompt asks for: one, or a character and a style
 
 FLOAT32 = {"dtype": torch.float32}
 STEPS = 8  # of the trajectories along which velocities are compared, and of the images
 SEEDS = (1001,)
+LATENT = (CHANNELS, 16, 16)
 CALIBRATION_PLACES, HELD_OUT_PLACES = list(world.PLACES)[:4], list(world.PLACES)[4:]
 
 
@@ -33,6 +37,12 @@ def character_prompts(name: str, places: Sequence[str]) -> list[str]:
     """Each place in the long and in the short wording."""
     scenes = [world.Scene(name, "", place, 0, 1) for place in places]
     return [wordings(scene)[0] for scene in scenes] + [wordings(scene)[3] for scene in scenes]
+
+
+def joint_prompts(name: str, style: str, held_out: bool) -> list[str]:
+    """A character in a style; four, in the long wording of the calibration places, or both of the held-out ones."""
+    prompts = character_prompts(name, HELD_OUT_PLACES if held_out else CALIBRATION_PLACES)
+    return [f"{prompt}, {style}" for prompt in prompts[:4]]
 
 
 def style_prompts(style: str, held_out: bool) -> list[str]:
@@ -47,6 +57,7 @@ class Subject:
 
     name: str
     file: str
+    trigger: str
     calibration: list[str]
     held_out: list[str]
 
@@ -56,12 +67,16 @@ class Subject:
             prompts = (character_prompts(recipe.trigger, p) for p in (CALIBRATION_PLACES, HELD_OUT_PLACES))
         else:
             prompts = (style_prompts(recipe.trigger, held_out) for held_out in (False, True))
-        return cls(name, recipe.file, *prompts)
+        return cls(name, recipe.file, recipe.trigger, *prompts)
+
+    @property
+    def is_style(self) -> bool:
+        return self.trigger not in world.CHARACTERS
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a LoRA alone does on its held-out prompts."""
+    """What a LoRA alone does on its held-out prompts; or two, stacked as a person would load them."""
 
     points: Tensor  # (STEPS * n, 16, 16, 16) latents that it passes through
     sigmas: Tensor  # (STEPS * n,)
@@ -80,18 +95,37 @@ class Testbed:
         self.patcher = comfy.sd.load_diffusion_model(str(folder_of(width) / f"{BASE}.safetensors"), FLOAT32)
         self.model = self.patcher.model.diffusion_model.eval()
         self.subjects = {name: Subject.of(name, recipe) for name, recipe in cast.recipes().items()}
-        texts = sorted({t for s in self.subjects.values() for t in (*s.calibration, *s.held_out)})
-        self._encoded, self._row = Captions.encode(texts), {text: i for i, text in enumerate(texts)}
+        self._clip = tiny_clip.build(storage.load("tiny_clip"))
+        self._conditioning: dict[str, Any] = {}
         self._modules = dict(self.patcher.model.named_modules())
-        self._references: dict[str, Reference] = {}
+        self._references: dict[Ask, Reference] = {}
         self._updates: dict[str, Mapping[Any, Any]] = {}
         self._alone: dict[str, Deltas] = {}
         self._to_pixels = torch.linalg.pinv(PatchComponents(**storage.load("components")).components)
 
+    def conditioning(self, prompts: Sequence[str]) -> list[Any]:
+        """ComfyUI's CONDITIONING that remembers its texts, as SSR Prompts makes it."""
+        for text in prompts:
+            if text not in self._conditioning:
+                self._conditioning[text] = host.nodes.prompt.encode(self._clip, text)
+        return [entry for text in prompts for entry in self._conditioning[text]]
+
     def encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token states (n, 16, 64) and pooled states (n, 64)."""
-        rows = [self._row[prompt] for prompt in prompts]
-        return self._encoded.tokens[rows], self._encoded.pooled[rows]
+        tokens, options = zip(*self.conditioning(prompts), strict=True)
+        return torch.cat(tokens), torch.cat([one["pooled_output"] for one in options])
+
+    def asks(self, names: Sequence[str]) -> list[Ask]:
+        """Each of them by itself, then every character in every style."""
+        styles = [name for name in names if self.subjects[name].is_style]
+        return [*((name,) for name in names), *((c, s) for c in names if c not in styles for s in styles)]
+
+    def prompts(self, ask: Ask, held_out: bool) -> list[str]:
+        """Those that may be calibrated on, or those that it is judged by."""
+        first, *others = (self.subjects[name] for name in ask)
+        if others:
+            return joint_prompts(first.trigger, others[0].trigger, held_out)
+        return first.held_out if held_out else first.calibration
 
     @contextmanager
     def patched(self, deltas: Deltas) -> Iterator[nn.Module]:
@@ -114,24 +148,52 @@ class Testbed:
             points.append(points[-1] + velocities[-1] * (following - sigma))
         return points, velocities
 
-    def errors(self, deltas: Deltas, names: Sequence[str], images: bool = True) -> dict[str, tuple[float, float]]:
-        """{name: (velocity error, image error)} of the model with `deltas`; 0 = the LoRA alone, 1 = the base."""
-        references = {name: self.reference(name) for name in names}
-        with self.patched(deltas):
-            return {name: self._error(name, reference, images) for name, reference in references.items()}
+    def inputs(
+        self, deltas: Deltas, modules: Sequence[str], prompts: Sequence[str], x: Tensor, sigma: Tensor
+    ) -> dict[str, Tensor]:
+        """What these layers see in the model with `deltas`, each (tokens, in)."""
+        found: dict[str, list[Tensor]] = {module: [] for module in modules}
 
-    def reference(self, name: str) -> Reference:
-        if name not in self._references:
-            self._references[name] = self._measured(name)
-        return self._references[name]
+        def keep(module: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, given: found[module].append(given[0].flatten(0, -2))
+
+        hooks = [self._modules[module].register_forward_pre_hook(keep(module)) for module in modules]
+        try:
+            with self.patched(deltas):
+                self._velocity(x, sigma.expand(len(x)), *self.encoded(prompts))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {module: torch.cat(parts) for module, parts in found.items()}
+
+    def weight(self, module: str) -> Tensor:
+        """Of the base model."""
+        return self._modules[module].weight.data
+
+    def errors(self, deltas: Deltas, asks: Sequence[Ask], images: bool = True) -> dict[Ask, tuple[float, float]]:
+        """{ask: (velocity error, image error)} of the model with `deltas`; 0 = these LoRAs alone, 1 = the base."""
+        references = {ask: self.reference(ask) for ask in asks}
+        with self.patched(deltas):
+            return {ask: self._error(ask, reference, images) for ask, reference in references.items()}
+
+    def reference(self, ask: Ask) -> Reference:
+        if ask not in self._references:
+            self._references[ask] = self._measured(ask)
+        return self._references[ask]
 
     def task(self, name: str, prompts: int) -> Any:
         """The LoRA with the first so many of its calibration prompts, as SSR Add LoRA makes it."""
         subject = self.subjects[name]
-        tokens, pooled = self.encoded(subject.calibration[:prompts])
-        conditioning = [[t[None], {"pooled_output": p[None]}] for t, p in zip(tokens, pooled, strict=True)]
         path = folder_of(self.width) / f"{subject.file}.safetensors"
-        return host.nodes.task.Task(name, path, 1.0, conditioning)
+        return host.nodes.task.Task(name, path, 1.0, self.conditioning(subject.calibration[:prompts]))
+
+    def combinations(self, names: Sequence[str], prompts: int = 4) -> list[Any]:
+        """Every character in every style with so many prompts of its own, as SSR Add Combination makes it."""
+        return [
+            host.nodes.combination.Combination(", ".join(ask), self.conditioning(self.prompts(ask, False)[:prompts]))
+            for ask in self.asks(names)
+            if len(ask) > 1
+        ]
 
     def loaded(self, task: Any) -> Any:
         return host.nodes.patches.read_task(task, self.patcher)
@@ -152,22 +214,30 @@ class Testbed:
             self._alone[name] = dense(self.updates(name))
         return self._alone[name]
 
-    def _measured(self, name: str) -> Reference:
-        prompts, noise = self._start(name)
-        with self.patched(self.alone(name)):
+    def stacked(self, names: Sequence[str]) -> Deltas:
+        """The sum of these LoRAs' differences."""
+        found: dict[str, Tensor] = {}
+        for deltas in map(self.alone, names):
+            for module, delta in deltas.items():
+                found[module] = found[module] + delta if module in found else delta
+        return found
+
+    def _measured(self, ask: Ask) -> Reference:
+        prompts, noise = self._start(ask)
+        with self.patched(self.stacked(ask)):
             points, velocities = self.walk(prompts, noise)
         sigmas = torch.linspace(1, 0, STEPS + 1)[:-1].repeat_interleave(len(noise))
         found = Reference(torch.cat(points[:-1]), sigmas, torch.cat(velocities), points[-1], 1.0, 1.0)
-        velocity, image = self._error(name, found, True)  # of the base model, as it is
+        velocity, image = self._error(ask, found, True)  # of the base model, as it is
         return replace(found, velocity_scale=velocity, image_scale=image)
 
-    def _start(self, name: str) -> tuple[list[str], Tensor]:
-        prompts = self.subjects[name].held_out
-        noises = [torch.randn(len(prompts), CHANNELS, 16, 16, generator=_generator(seed)) for seed in SEEDS]
+    def _start(self, ask: Ask) -> tuple[list[str], Tensor]:
+        prompts = self.prompts(ask, True)
+        noises = [torch.randn(len(prompts), *LATENT, generator=_generator(seed)) for seed in SEEDS]
         return list(prompts) * len(SEEDS), torch.cat(noises)
 
-    def _error(self, name: str, reference: Reference, images: bool) -> tuple[float, float]:
-        prompts, noise = self._start(name)
+    def _error(self, ask: Ask, reference: Reference, images: bool) -> tuple[float, float]:
+        prompts, noise = self._start(ask)
         tokens, pooled = self.encoded(prompts * STEPS)
         found = self._velocity(reference.points, reference.sigmas, tokens, pooled)
         velocity = float((found - reference.velocities).square().mean()) / reference.velocity_scale
