@@ -218,10 +218,11 @@ def texts_of(cases):
 
 
 def test_pairs_are_made_of_the_loras_own_texts_where_nothing_is_asked_for():
-    found = texts_of(module("nodes.calibrating.case_prompts").cases_of(with_texts(), (), 2))
-    assert list(found) == ["cat", "dog", "sepia", "cat + dog", "cat + sepia", "dog + sepia"]
-    assert found["cat + dog"] == ("a cat, dog", "a dog in the snow, cat")  # two of a kind take turns
-    assert found["cat + sepia"] == ("a cat, sepia", "a cat at night, sepia")
+    cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts()
+    assert list(texts_of(cases_of(loras, ()))) == ["cat", "dog", "sepia", "cat + dog", "cat + sepia", "dog + sepia"]
+    two_of_a_kind, in_a_style = (texts_of(cases_of([loras[0], other], ())) for other in loras[1:])
+    assert two_of_a_kind["cat + dog"] == ("a cat, dog", "a dog in the snow, cat")  # they take turns
+    assert in_a_style["cat + sepia"] == ("a cat, sepia", "a cat at night, sepia")
 
 
 def test_a_styles_words_follow_the_characters_scenes_wherever_they_stand_in_the_chain():
@@ -234,18 +235,35 @@ def test_whole_prompts_are_glued_where_a_lora_has_no_words_of_its_own():
     loras = with_texts(2)
     loras = [replace(one, conditioning=one.conditioning[:1]) for one in loras]
     found = texts_of(module("nodes.calibrating.case_prompts").cases_of(loras, (), 2))
-    assert found["cat + dog"] == ("a cat, a dog", "a dog, a cat")
+    assert found["cat + dog"] == ("a cat, a dog",)
 
 
-def test_all_pairs_together_have_no_more_prompts_than_the_loras_themselves():
-    cases = module("nodes.calibrating.case_prompts").cases_of(with_texts(), (), 64)
-    assert [len(one.conditioning) for one in cases] == [2, 2, 2, 2, 2, 2]
+def test_all_pairs_together_have_half_as_many_prompts_as_the_loras_themselves_but_one_each_at_least():
+    cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts()
+    twice = [replace(one, conditioning=[*one.conditioning, *one.conditioning]) for one in loras]
+    four = [replace(one, conditioning=one.conditioning * 4) for one in loras]
+    for given, count in ((loras, 1), (twice, 2), (four, 4)):
+        assert [len(one.conditioning) for one in cases_of(given, (), 64)[3:]] == [count] * 3
+    assert [len(one.conditioning) for one in cases_of(four, (), 3)[3:]] == [3] * 3
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_prompts_are_taken_from_all_over_the_list_and_none_twice_before_all_had_their_turn(length):
+    spread = module("nodes.calibrating.case_prompts")._spread
+    assert sorted(spread(range(length), length)) == list(range(length))
+    assert spread(range(length), 2 * length, 1)[length:] == spread(range(length), length, 1)
+    if length == 8:
+        assert spread(range(8), 4) == [0, 5, 2, 7]  # four places, then the same four in other words: all four
 
 
 def test_no_pairs_are_made_where_they_are_turned_off_asked_for_or_texts_are_not_known():
     cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts()
     assert len(cases_of(loras, (), 0)) == 3
-    assert [one.name for one in cases_of(loras, [together("1, 2", JOINT)], 2)] == ["cat", "dog", "sepia", "cat + dog"]
+    asked = cases_of(loras, [together("1, 2", JOINT)], 2)
+    assert [(one.name, one.is_glued) for one in asked[3:]] == [
+        *(("cat + dog", False), ("cat + sepia", True), ("dog + sepia", True)),
+    ]
+    assert [one.name for one in cases_of(loras, [together("all", JOINT)], 2)[3:]] == ["cat + dog + sepia"]
     assert len(cases_of([*loras[:2], replace(loras[2], conditioning=conditioning(3))], (), 2)) == 3
     pictures = replace(loras[2], latent={"samples": torch.zeros(1, 16, 8, 8)})
     assert len(cases_of([*loras[:2], pictures], (), 2)) == 3
