@@ -123,10 +123,10 @@ class SSRCollectStats(io.ComfyNode):
                     min=0,
                     max=64,
                     optional=True,
-                    tooltip="So that the merge obeys two LoRAs at once: for each pair that no SSR Add Combination asks "
-                    "for, up to so many prompts are made of the LoRAs' own, with the words behind that all prompts "
-                    "of the other share, and sampled, too: half as many together as the LoRAs have by themselves. 0 "
-                    "makes none; then it is quicker, and the merge may forget to do two at once.",
+                    tooltip="So that the merge obeys two LoRAs at once: where no SSR Add Combination is in the chain, "
+                    "so many prompts of each pair are made of the LoRAs' own, with the words behind that all prompts "
+                    "of the other share, and sampled, too; no more in all than the LoRAs have by themselves. Your own "
+                    "prompts that ask for both are better. 0 makes none.",
                     **ADVANCED,
                 ),
                 SSRStats.Input(

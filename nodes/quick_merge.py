@@ -53,8 +53,8 @@ class SSRQuickMerge(io.ComfyNode):
                     dynamic_prompts=False,
                     optional=True,
                     tooltip="Prompts that ask for several LoRAs at once, one per line, after the numbers of these: "
-                    "1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak. Of "
-                    "pairs that stand here nowhere some prompts are made of the LoRAs' own.",
+                    "1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak. Empty: "
+                    "some prompts of each pair are made of the LoRAs' own.",
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -87,8 +87,8 @@ class SSRQuickMerge(io.ComfyNode):
                     min=0,
                     max=64,
                     optional=True,
-                    tooltip="How many prompts at most of each pair that no combination asks for are made of the LoRAs' "
-                    "own. 0 makes none; then it is quicker, and the merge may forget to do two at once.",
+                    tooltip="How many prompts of each pair of LoRAs are made of their own, if combinations are empty. "
+                    "0 makes none: then it is quicker, and the merge may forget to do two at once.",
                     **ADVANCED,
                 ),
             ],

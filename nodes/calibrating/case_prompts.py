@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from ...ssr_core import Case, SSRError
-from ...ssr_core.statistics.case import unheard
 from ..reading.combination import Combination, read_lines
 from ..reading.task import Task
 from .common_words import common_words, share
 from .prompt import PROMPT, encode_lines, followed, unchanged
 
-PAIRS = 4  # prompts of each pair of LoRAs that are made of their own where none are given, at most
+PAIRS = 3  # prompts of each pair of LoRAs that are made of their own where none are given, at most
 ALIKE = 1.5  # shares of their own words in two LoRAs' prompts that differ by less are of two of a kind
 
 
@@ -34,7 +34,7 @@ def cases_of(tasks: Sequence[Task], asked: Sequence[Combination], pairs: int = P
     """All that is sampled: each LoRA by itself, then what was asked for.
 
     Args:
-        pairs: so many prompts of each pair of LoRAs that nobody asks for are made of their own texts.
+        pairs: where nothing is asked for, so many prompts of each pair of LoRAs are made of their own texts.
 
     Raises:
         SSRError: a combination that cannot be meant, or one without prompts.
@@ -44,9 +44,7 @@ def cases_of(tasks: Sequence[Task], asked: Sequence[Combination], pairs: int = P
         CasePrompts(Case((number,)), task.name, task.conditioning, task.latent, task.negative)
         for number, task in enumerate(tasks)
     ]
-    together = _asked(names, asked)
-    missing = unheard([one.case for one in together], len(tasks))
-    return singles + together + _glued(tasks, list(missing), pairs)
+    return singles + (_asked(names, asked) if asked else _glued(tasks, pairs))
 
 
 def combinations_of(clip: Any, text: str, where: str) -> list[Combination]:
@@ -71,16 +69,17 @@ def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePromp
     return [CasePrompts(case, case.label(names), prompts) for case, prompts in found.items()]
 
 
-def _glued(tasks: Sequence[Task], couples: Sequence[tuple[int, int]], pairs: int) -> list[CasePrompts]:
-    """Prompts for these pairs of LoRAs, made of their own where the texts of all are known.
+def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
+    """Prompts for every pair of LoRAs, made of their own where the texts of all are known.
 
-    All pairs together have at most half as many prompts as the LoRAs by themselves, as they take their time, too; but
-    each pair has one at least.
+    All pairs together have no more prompts than the LoRAs by themselves, as they take their time, too; but each pair
+    has one at least.
     """
+    couples = list(combinations(range(len(tasks)), 2))
     known = [unchanged(task.conditioning) for task in tasks]
     if not pairs or not couples or any(task.latent is not None for task in tasks) or not all(known):
         return []
-    count = max(1, min(pairs, sum(len(task.conditioning) for task in tasks) // (2 * len(couples))))
+    count = max(1, min(pairs, sum(len(task.conditioning) for task in tasks) // len(couples)))
     names = [task.name for task in tasks]
     found = []
     for one, other in couples:

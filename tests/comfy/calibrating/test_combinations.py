@@ -259,11 +259,7 @@ def test_prompts_are_taken_from_all_over_the_list_and_none_twice_before_all_had_
 def test_no_pairs_are_made_where_they_are_turned_off_asked_for_or_texts_are_not_known():
     cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts()
     assert len(cases_of(loras, (), 0)) == 3
-    asked = cases_of(loras, [together("1, 2", JOINT)], 2)
-    assert [(one.name, one.is_glued) for one in asked[3:]] == [
-        *(("cat + dog", False), ("cat + sepia", True), ("dog + sepia", True)),
-    ]
-    assert [one.name for one in cases_of(loras, [together("all", JOINT)], 2)[3:]] == ["cat + dog + sepia"]
+    assert [one.name for one in cases_of(loras, [together("1, 2", JOINT)], 2)] == ["cat", "dog", "sepia", "cat + dog"]
     assert len(cases_of([*loras[:2], replace(loras[2], conditioning=conditioning(3))], (), 2)) == 3
     pictures = replace(loras[2], latent={"samples": torch.zeros(1, 16, 8, 8)})
     assert len(cases_of([*loras[:2], pictures], (), 2)) == 3
