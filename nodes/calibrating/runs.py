@@ -81,7 +81,7 @@ def plan(cases: Sequence[CasePrompts], sampling: Sampling, context: int, refine:
     looks = [
         Run(i, one, one.conditioning[:1], short, Kind.SURVEY)
         for i, one in enumerate(cases)
-        if context and not one.case.is_combination  # sums of inputs that are seen without them
+        if context and not one.case.is_combination  # what they see is in what the LoRAs see by themselves
     ]
     measuring = [Run(i, one, one.conditioning, sampling, Kind.MEASURE) for i, one in enumerate(cases)]
     refine = refine if sampling.seen >= REFINE_STEPS else 0

@@ -20,7 +20,6 @@ class Combination:
 
     which: str  # "1, 3", names, "all" or "none"
     conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
-    negative: list[Any] | None = None  # CONDITIONING as these LoRAs' text encoder reads it, instead of everyone's
 
     def case(self, names: Sequence[str]) -> Case:
         """Who speaks, by number.

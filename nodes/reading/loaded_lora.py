@@ -35,9 +35,13 @@ class LoadedLora:
     account: Account
 
     def sharing(self, model: Lora, text: Lora | None) -> LoadedLora:
-        """The same with its factors where statistics keep them, so that nothing is in memory twice."""
+        """The same with its factors where statistics keep them, so that nothing is in memory twice.
+
+        Its prompts are sampled by then, and go: they hold the text encoder that read them.
+        """
         of_text = self.text if text is None else replace(self.text, updates=text.updates)
-        return replace(self, model=replace(self.model, updates=model.updates), text=of_text)
+        task = replace(self.task, conditioning=[], latent=None, negative=None)
+        return replace(self, task=task, model=replace(self.model, updates=model.updates), text=of_text)
 
     @cached_property
     def lora(self) -> Lora:

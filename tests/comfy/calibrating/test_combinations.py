@@ -235,14 +235,16 @@ def test_whole_prompts_are_glued_where_a_lora_has_no_words_of_its_own():
     loras = with_texts(2)
     loras = [replace(one, conditioning=one.conditioning[:1]) for one in loras]
     found = texts_of(module("nodes.calibrating.case_prompts").cases_of(loras, (), 2))
-    assert found["cat + dog"] == ("a cat, a dog",)
+    assert found["cat + dog"] == ("a cat, a dog", "a dog, a cat")
 
 
-def test_all_pairs_together_have_half_as_many_prompts_as_the_loras_themselves_but_one_each_at_least():
+def test_all_pairs_together_have_no_more_prompts_than_the_loras_themselves_but_one_each_at_least():
     cases_of, loras = module("nodes.calibrating.case_prompts").cases_of, with_texts()
     twice = [replace(one, conditioning=[*one.conditioning, *one.conditioning]) for one in loras]
     four = [replace(one, conditioning=one.conditioning * 4) for one in loras]
-    for given, count in ((loras, 1), (twice, 2), (four, 4)):
+    bare = [replace(one, conditioning=one.conditioning[: 2 - i]) for i, one in enumerate(loras[:2])]
+    assert [len(one.conditioning) for one in cases_of([*bare, bare[1]], (), 64)[3:]] == [1] * 3  # of 4 // 3
+    for given, count in ((loras, 2), (twice, 4), (four, 8)):
         assert [len(one.conditioning) for one in cases_of(given, (), 64)[3:]] == [count] * 3
     assert [len(one.conditioning) for one in cases_of(four, (), 3)[3:]] == [3] * 3
 
@@ -278,10 +280,22 @@ def test_collecting_makes_pairs_by_default_says_so_and_remembers_it(model):
     said = []
     stats = collect_telling(model, with_texts(2), said.append)
     assert speakers(stats) == [(0,), (1,), (0, 1)]
-    assert "2 of them for several LoRAs at once (made of the LoRAs' own)" in said[-1]
+    assert "3 of them for several LoRAs at once (made of the LoRAs' own)" in said[-1]
     assert stats.collections[0].combinations[0].is_glued
     assert "made of the LoRAs' own" in solve(stats)[1]
     assert speakers(collect_telling(model, with_texts(2), said.append, pairs=0)) == [(0,), (1,)]
+
+
+def test_statistics_hold_no_text_encoder(model):
+    import gc
+    import weakref
+
+    clip = Narrow(tiny_clip(torch.float32), 32)
+    seen, loras = weakref.ref(clip), with_texts(2, clip)
+    stats = collect_telling(model, loras, lambda text: None)
+    del clip, loras
+    gc.collect()
+    assert seen() is None and stats.loras[0].task.name == "cat"
 
 
 def collect_telling(model, loras, tell, **more):
