@@ -40,7 +40,7 @@ class SiteConflict:
     merge: Tensor  # (C,) that of the routed merge
     effect: Tensor  # (C,) sum |up z_S|^2 over the case's own tokens; of silence what others do to as many tokens
     spectrum: tuple[float, ...]  # share of the merge's effect along each direction, largest first
-    coverage: int  # noise levels, or samples, of the case that saw the fewest
+    coverage: int  # noise levels, or samples, of the LoRA that saw the fewest
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _at_site(
     matrices, sums = (torch.stack(plain), torch.stack(routed)), (torch.stack(stack), torch.stack(merge))
     found = torch.tensor(effects(statistics, scaled, calibration.cases), dtype=torch.float64)
     effect = _usual(found, statistics.tokens, calibration.cases)
-    return SiteConflict(site, *matrices, *sums, effect, spectrum, min(statistics.coverage))
+    return SiteConflict(site, *matrices, *sums, effect, spectrum, min(statistics.coverage[: len(scaled.ranks)]))
 
 
 def _usual(effect: Tensor, tokens: Sequence[int], cases: Sequence[Case]) -> Tensor:

@@ -121,7 +121,8 @@ class Report:
             remarks.append(f"{_count(dropped)} left out as asked: {_some(dropped)}.")
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
-        seen = max((count for site in self.routed for count in site.coverage), default=0)
+        by_itself = slice(len(self.names))  # combinations have prompts of their own number
+        seen = max((count for site in self.routed for count in site.coverage[by_itself]), default=0)
         if 0 < seen < FEW_LEVELS:
             what, more = ("noise level", "steps") if self.routed[0].has_levels else ("sample", "prompts")
             remarks.append(

@@ -312,7 +312,7 @@ def test_few_prompts_are_told_as_such_and_not_as_few_steps(model, clip):
     tasks = tasks_of(clip, loras)
     for task in tasks:
         del task.conditioning[2:]
-    _, report = solve(collect(model, *tasks, steps=4, clip=clip, pairs=0))
+    _, report = solve(collect(model, *tasks, steps=4, clip=clip))
     assert "seen at 2 samples only" in report and "prompts or more" in report
     assert "noise level" not in report
 
