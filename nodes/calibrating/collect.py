@@ -13,6 +13,7 @@ from ...ssr_core import Calibration, LoraError, Requirement, SSRError, Statistic
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
 from ..reading.combination import Combination, parted
+from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_tasks
 from ..reading.task import Task
 from .case_prompts import PAIRS, CasePrompts, cases_of
@@ -54,18 +55,9 @@ def collect(
     """
     started = time.perf_counter()
     tasks, asked = parted(tasks)
-    if not tasks:
-        raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
-    if bare := [task.name for task in tasks if not task.conditioning]:
-        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
-    _check(sampling, before)
+    _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
-    loras = read_tasks(tasks, model, clip, expand_rank)
-    if not any(lora.model.updates for lora in loras):
-        raise LoraError(
-            f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
-            "least one must. Load them with Load LoRA instead."
-        )
+    loras = _read(tasks, model, clip, expand_rank)
     collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank)
     if like is not None:
         _check_likeness(like, collection, clip)
@@ -89,8 +81,12 @@ def collect(
     )
 
 
-def _check(sampling: Sampling, before: Any) -> None:
+def _check(tasks: Sequence[Task], sampling: Sampling, before: Any) -> None:
     """Raise SSRError for what cannot be meant, before any LoRA is read."""
+    if not tasks:
+        raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
+    if bare := [task.name for task in tasks if not task.conditioning]:
+        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
     if sampling.cfg > 1 and not sampling.negative:
         raise SSRError("cfg needs a negative prompt; connect one, or set cfg to 1.")
     if sampling.seen < 1:
@@ -103,6 +99,16 @@ def _check(sampling: Sampling, before: Any) -> None:
             "model_before is connected, but start_at_step is 0, so it has no step to sample. Set "
             "start_at_step to where it hands over."
         )
+
+
+def _read(tasks: Sequence[Task], model: Any, clip: Any, expand_rank: int) -> list[LoadedLora]:
+    loras = read_tasks(tasks, model, clip, expand_rank)
+    if not any(lora.model.updates for lora in loras):
+        raise LoraError(
+            f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "
+            "least one must. Load them with Load LoRA instead."
+        )
+    return loras
 
 
 def _needs(need: Requirement, device: torch.device) -> str:
