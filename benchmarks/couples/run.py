@@ -210,7 +210,7 @@ def ways(bed: Bed, names: Sequence[str]) -> dict[str, Any]:
         "no joint prompts": core.merge(refined),
         "joint prompts, unrefined": core.merge(together),
         "owners, unrefined": core.merge(with_owners(bed, plain, loras, joint)),
-        "pairs of their own prompts": core.merge(default),
+        "pairs of their own prompts, refined": core.merge(default),
         "joint prompts": core.merge(both),
     }
     return {

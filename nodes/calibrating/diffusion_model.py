@@ -49,8 +49,9 @@ def calibrate(
     combinations = max(0, len({run.index for run in runs}) - len(loaded))
     subspaces = None if earlier is None else earlier.subspaces
     collector = StatisticsCollector([one.lora for one in loaded], subspaces, combinations)
-    refine = any(run.kind is Kind.REFINE for run in runs)
-    need = collector.requirement(context, refine, itemsize(patcher))
+    refined = {run.index for run in runs if run.kind is Kind.REFINE}
+    unrefined = len({run.index for run in runs} - refined)
+    need = collector.requirement(context, bool(refined), itemsize(patcher), unrefined)
     on_need(need)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}

@@ -74,7 +74,10 @@ class Run:
 
 
 def plan(cases: Sequence[CasePrompts], sampling: Sampling, context: int, refine: int) -> list[Run]:
-    """All prompts of every case, once more for each refinement; before, for context rows, a look at each first one."""
+    """All prompts of every case, once more for each refinement; before, for context rows, a look at each first one.
+
+    Pairs that nobody asked for are not refined: they would take three times as long and most of the memory, for little.
+    """
     short = sampling
     if sampling.seen == sampling.steps:
         short = replace(sampling, steps=min(sampling.steps, SURVEY_STEPS))
@@ -85,4 +88,5 @@ def plan(cases: Sequence[CasePrompts], sampling: Sampling, context: int, refine:
     ]
     measuring = [Run(i, one, one.conditioning, sampling, Kind.MEASURE) for i, one in enumerate(cases)]
     refine = refine if sampling.seen >= REFINE_STEPS else 0
-    return looks + measuring + refine * [replace(run, kind=Kind.REFINE) for run in measuring]
+    refined = [run for run in measuring if not run.case.is_glued]
+    return looks + measuring + refine * [replace(run, kind=Kind.REFINE) for run in refined]

@@ -176,9 +176,9 @@ class StatisticsCollector:
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
         return statistics_dtype(sizes, len(self.loras) + self._combinations)
 
-    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4) -> Requirement:
+    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4, unrefined: int = 0) -> Requirement:
         """The memory that collecting will take, see Requirement.of."""
-        return Requirement.of(self.subspaces, context, refine, itemsize, self._combinations)
+        return Requirement.of(self.subspaces, context, refine, itemsize, self._combinations, unrefined)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""

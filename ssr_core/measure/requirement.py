@@ -31,6 +31,7 @@ class Requirement:
         refine: bool = False,
         itemsize: int = 4,
         combinations: int = 0,
+        unrefined: int = 0,
     ) -> Requirement:
         """Of collecting in these subspaces.
 
@@ -39,6 +40,7 @@ class Requirement:
             refine: whether a first merge is tried beside each LoRA.
             itemsize: bytes of a number in the precision that layers compute in.
             combinations: cases beside those of one LoRA each.
+            unrefined: how many of these no merge is tried beside.
         """
         sizes = [_Size.of(site, space, context, combinations) for site, space in subspaces.items() if space.is_routed]
         if not sizes:
@@ -46,8 +48,10 @@ class Requirement:
         surveying = sum(size.surveyed(context, itemsize) for size in sizes) if context else 0
         measuring = sum(size.measured(itemsize) for size in sizes)
         refining = sum(size.refined(itemsize) for size in sizes) if refine else 0
-        host = statistics_bytes([size.rows for size in sizes], sizes[0].cases) * (1 + refine)
-        targets = sum(size.cases * 4 * size.out * size.rows for size in sizes) if refine else 0
+        rows, cases = [size.rows for size in sizes], sizes[0].cases
+        compared = cases - unrefined if refine else 0
+        host = statistics_bytes(rows, cases) + statistics_bytes(rows, compared)
+        targets = sum(compared * 4 * size.out * size.rows for size in sizes)
         return cls(max(surveying, measuring, refining), host + targets)
 
 

@@ -286,6 +286,15 @@ def test_collecting_makes_pairs_by_default_says_so_and_remembers_it(model):
     assert speakers(collect_telling(model, with_texts(2), said.append, pairs=0)) == [(0,), (1,)]
 
 
+def test_pairs_that_nobody_asked_for_are_measured_and_not_refined(model):
+    runs, case_prompts = (module(f"nodes.calibrating.{name}") for name in ("runs", "case_prompts"))
+    sampling = runs.Sampling(0, 4, "euler", "simple")
+    for asked, refined in (((), {0, 1}), ([together("all", JOINT)], {0, 1, 2})):
+        plan = runs.plan(case_prompts.cases_of(with_texts(2), asked), sampling, 16, 1)
+        assert {run.index for run in plan if run.kind is runs.Kind.MEASURE} == {0, 1, 2}
+        assert {run.index for run in plan if run.kind is runs.Kind.REFINE} == refined
+
+
 def test_statistics_hold_no_text_encoder(model):
     import gc
     import weakref

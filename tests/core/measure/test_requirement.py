@@ -10,11 +10,11 @@ from synthetic import mlp, random, random_lora
 
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("refine", [False, True])
-@pytest.mark.parametrize("cases", [(0, 1), (0, 1, (0, 1), ())])
-def test_the_memory_of_statistics_is_told_to_the_byte(context, refine, cases):
+@pytest.mark.parametrize(("cases", "unrefined"), [((0, 1), 0), ((0, 1, (0, 1), ()), 0), ((0, 1, (), (0, 1)), 1)])
+def test_the_memory_of_statistics_is_told_to_the_byte(context, refine, cases, unrefined):
     model, loras = mlp(), [random_lora("cat", mlp(), 3, 1), random_lora("dog", mlp(), 2, 2)]
     collector = StatisticsCollector(loras, combinations=len(cases) - 2)
-    need = collector.requirement(context, refine)
+    need = collector.requirement(context, refine, unrefined=unrefined)
     batches = [random(40, 8, seed=number) for number in range(len(cases))]
     for task in range(2 if context else 0):
         with torch.no_grad(), collector.surveying(model, task, context):
@@ -24,7 +24,7 @@ def test_the_memory_of_statistics_is_told_to_the_byte(context, refine, cases):
         with torch.no_grad(), collector.watching(model, case):
             model(batch)
     updates = merge(collector.calibration()).updates
-    for case, batch in zip(cases if refine else (), batches, strict=False):
+    for case, batch in zip(cases[: len(cases) - unrefined] if refine else (), batches, strict=False):
         with torch.no_grad(), collector.refining(model, case, updates) as run:
             with run.alone():
                 model(batch)
