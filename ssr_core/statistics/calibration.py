@@ -98,7 +98,7 @@ class Calibration:
 
         So are the cases in which it spoke. Corrections are of a merge in which it was, so none are left.
         """
-        check_task(task, self.loras)
+        Case.of(task, len(self.loras))  # raises where there is none
         kept = {site: space for site, space in self.subspaces.items() if space.present != (task,)}
         spaces = {site: space.without(task) for site, space in kept.items()}
         cases = {number: case for number, old in enumerate(self.cases) if (case := old.without(task)) is not None}
@@ -132,9 +132,3 @@ class Calibration:
             for site, found in self.corrections.items()
         }
         return Calibration(loras, spaces, statistics, corrections, cases)
-
-
-def check_task(task: int, loras: Sequence[Lora]) -> None:
-    """Raise StatisticsError unless `task` is the number of a LoRA."""
-    if not 0 <= task < len(loras):
-        raise StatisticsError(f"There is no task {task}; tasks are numbered from 0 to {len(loras) - 1}.")
