@@ -13,6 +13,7 @@ from .calibrating.prompt import encode_lines
 from .reading.combination import Combination
 from .reading.lora_stack import read_stack
 from .reading.task import Task
+from .schema import inputs
 from .schema.sockets import LoraStackSocket, SSRTasks, schema
 
 
@@ -34,14 +35,10 @@ class SSRAddLoRAStack(io.ComfyNode):
                     tooltip="Calibration prompts, one per line, with an empty line between those of one LoRA and those "
                     "of the next, in the order of the stack.",
                 ),
-                io.String.Input(
-                    "combinations",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    optional=True,
-                    tooltip="Prompts that ask for several LoRAs at once, one per line, after the numbers of these in "
+                inputs.combinations(
+                    "Prompts that ask for several LoRAs at once, one per line, after the numbers of these in "
                     "the chain: 1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak.",
+                    optional=True,
                 ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before these."),
             ],

@@ -117,16 +117,13 @@ class SSRCollectStats(io.ComfyNode):
                     tooltip="Samples the steps before start_at_step: Wan 2.2's high-noise expert, with its own merge "
                     "on it. Without it the model itself does.",
                 ),
-                io.Int.Input(
-                    "pairs",
-                    default=PAIRS,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="So that the merge obeys two LoRAs at once: where no SSR Add Combination is in the chain, "
+                inputs.pairs(
+                    "So that the merge obeys two LoRAs at once: where no SSR Add Combination is in the chain, "
                     "so many prompts of each pair are made of the LoRAs' own, with the words behind that all prompts "
                     "of the other share, and sampled, too; no more in all than the LoRAs have by themselves. Your own "
                     "prompts that ask for both are better. 0 makes none.",
+                    default=PAIRS,
+                    optional=True,
                     **ADVANCED,
                 ),
                 SSRStats.Input(

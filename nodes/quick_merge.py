@@ -46,15 +46,11 @@ class SSRQuickMerge(io.ComfyNode):
                     tooltip="LoRAs of another pack's stacker, instead of those chosen here: prompts_1 then belongs to "
                     "the first LoRA of the stack.",
                 ),
-                io.String.Input(
-                    "combinations",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    optional=True,
-                    tooltip="Prompts that ask for several LoRAs at once, one per line, after the numbers of these: "
+                inputs.combinations(
+                    "Prompts that ask for several LoRAs at once, one per line, after the numbers of these: "
                     "1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak. Empty: "
                     "some prompts of each pair are made of the LoRAs' own.",
+                    optional=True,
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -81,14 +77,11 @@ class SSRQuickMerge(io.ComfyNode):
                     "1 % of the effect.",
                     **ADVANCED,
                 ),
-                io.Int.Input(
-                    "pairs",
-                    default=PAIRS,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="How many prompts of each pair of LoRAs are made of their own, if combinations are empty. "
+                inputs.pairs(
+                    "How many prompts of each pair of LoRAs are made of their own, if combinations are empty. "
                     "0 makes none: then it is quicker, and the merge may forget to do two at once.",
+                    default=PAIRS,
+                    optional=True,
                     **ADVANCED,
                 ),
             ],

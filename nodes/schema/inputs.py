@@ -36,3 +36,11 @@ def scheduler(tooltip: str = "The scheduler you render with.", **more: Any) -> i
 
 def ridge(tooltip: str, **more: Any) -> io.Float.Input:
     return io.Float.Input("ridge", default=0.01, min=0.0, max=10.0, step=0.001, round=0.0001, tooltip=tooltip, **more)
+
+
+def pairs(tooltip: str, default: int, **more: Any) -> io.Int.Input:
+    return io.Int.Input("pairs", default=default, min=0, max=64, tooltip=tooltip, **more)
+
+
+def combinations(tooltip: str, **more: Any) -> io.String.Input:
+    return io.String.Input("combinations", default="", multiline=True, dynamic_prompts=False, tooltip=tooltip, **more)
