@@ -1,9 +1,9 @@
 """The nodes of this pack. Each is a file here; what they call lies in the folders, in the order of the data flow.
 
-    schema -> reading -> calibrating -> writing -> pictures
+    schema -> reading -> calibrating -> writing -> polishing -> pictures
 
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack, SSR Add Combination
-    -> SSR Collect Stats -> SSR Solve -> SSR Apply, SSR Save LoRA
+    -> SSR Collect Stats -> SSR Solve (-> SSR Polish) -> SSR Apply, SSR Save LoRA
 
 SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
 SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
@@ -19,6 +19,7 @@ from .apply import SSRApply
 from .collect_stats import SSRCollectStats
 from .compare import SSRCompare
 from .load_stats import SSRLoadStats
+from .polish import SSRPolish
 from .prompts import SSRPrompts
 from .quick_merge import SSRQuickMerge
 from .report import SSRReport
@@ -32,7 +33,7 @@ class SSRMergeExtension(ComfyExtension):
         return [
             *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
-            *(SSRSolve, SSRApply, SSRSaveLoRA, SSRCompare),
+            *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRCompare),
             SSRQuickMerge,
         ]
 

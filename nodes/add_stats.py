@@ -57,9 +57,10 @@ def add(a: Stats, b: Stats) -> Stats:
     if a.text is not None and b.text is not None:
         text = _sum(a.text, b.text.reordered(lora_order, a.text.loras))
     collections = (*a.collections, *(one.reordered(lora_order) for one in b.collections))
+    sampled = (*a.sampled, *(one.reordered(lora_order) for one in b.sampled))
     return Stats(
         *(a.loras, calibration, text, a.with_clip, tuple(sorted({*a.silent} & {*b.silent}))),
-        *(with_collections(a.provenance, collections), collections),
+        *(with_collections(a.provenance, collections), collections, sampled),
     )
 
 

@@ -18,6 +18,9 @@ R = rank + context rows, which belong to no task. A `Correction` holds further s
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
 """
 
+from .distillation.branch import Branch
+from .distillation.distil import DistillationSettings, Distilled, Evaluation, distil
+from .distillation.point import Point, PointRecorder
 from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .files.lora_file import load_lora, read_pairs, save_lora, to_state_dict
 from .files.statistics_file import load_statistics, save_statistics
@@ -47,10 +50,14 @@ from .statistics.sufficient_statistics import SufficientStatistics
 
 __all__ = [
     "Accumulator",
+    "Branch",
     "Calibration",
     "Case",
     "Conflict",
     "Correction",
+    "DistillationSettings",
+    "Distilled",
+    "Evaluation",
     "Expansion",
     "Lora",
     "LoraError",
@@ -58,6 +65,8 @@ __all__ = [
     "Merge",
     "MergeSettings",
     "ModelMismatchError",
+    "Point",
+    "PointRecorder",
     "Recording",
     "Refinement",
     "Report",
@@ -79,6 +88,7 @@ __all__ = [
     "align_rows",
     "check_rules",
     "concatenate",
+    "distil",
     "find_conflict",
     "hadamard",
     "join_loras",

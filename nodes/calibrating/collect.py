@@ -23,7 +23,7 @@ from .memory import size
 from .metadata import describe
 from .progress import show_steps
 from .runs import REFINE, Sampling, plan
-from .stats import Stats
+from .stats import Sampled, Stats
 from .text_encoder import calibrate_text
 
 
@@ -77,7 +77,7 @@ def collect(
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
         *(tuple(shared), calibration, text, clip is not None, silent),
-        *(describe(model, loras, [collection]), (collection,)),
+        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),)),
     )
 
 

@@ -67,7 +67,7 @@ def calibrate(
         with _recording(collector, run, context, updates) as recording:
             begins = begun.get(run.index, ())
             speaking = [loaded[task] for task in run.case.case.speakers]
-            sample(_prepared(patcher, speaking), run, recording, latent, on_step, begins, need.device)
+            sample(prepared(patcher, speaking), run, recording, latent, on_step, begins, need.device)
             if not recording.heard and any(lora.model.updates for lora in speaking):
                 raise StatisticsError(
                     f"{run.case.name}: the model ran, but none of the layers this LoRA changes did. "
@@ -89,7 +89,7 @@ def _recording(
     return collector.recording(run.case.case.speakers, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
 
 
-def _prepared(patcher: Any, speaking: Sequence[LoadedLora]) -> Any:
+def prepared(patcher: Any, speaking: Sequence[LoadedLora]) -> Any:
     """The user's own patcher where nothing has to change, else a clone that carries the LoRAs' unrouted parts."""
     multigpu = "multigpu" in getattr(patcher, "additional_models", {})
     if not (any(lora.model.patches for lora in speaking) or multigpu):

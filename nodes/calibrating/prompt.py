@@ -62,3 +62,8 @@ def followed(entry: Sequence[Any], other: Sequence[Any], words: str) -> list[Any
     """
     prompt, kept = entry[1][PROMPT], {**other[1], **entry[1]}
     return [[cond, {**kept, **options}] for cond, options in encode(prompt.clip, f"{prompt.text}, {words}")]
+
+
+def without_text(conditioning: Sequence[Any]) -> list[Any]:
+    """The same CONDITIONING, which no longer holds the text encoder that read it."""
+    return [[cond, {key: value for key, value in options.items() if key != PROMPT}] for cond, options in conditioning]

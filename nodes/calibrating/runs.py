@@ -72,6 +72,10 @@ class Run:
         once = self.case.latent is None and self.kind is Kind.MEASURE
         return len(self.prompts) * self.sampling.start if once else 0
 
+    def reordered(self, order: Sequence[int]) -> Run:
+        """With the LoRAs in another order: the new k-th is the old order[k]."""
+        return replace(self, case=replace(self.case, case=self.case.case.reordered(order)))
+
 
 def plan(cases: Sequence[CasePrompts], sampling: Sampling, context: int, refine: int) -> list[Run]:
     """All prompts of every case, once more for each refinement; before, for context rows, a look at each first one.

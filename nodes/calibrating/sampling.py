@@ -5,17 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.sample
 import comfy.samplers
 import torch
 
-from ...ssr_core import Recording, Refinement
+from ...ssr_core import Refinement
 from .memory import make_room
 from .runs import Run, Sampling
 
 OnStep = Callable[[torch.Tensor], None]
+
+
+class Listener(Protocol):
+    """What is put on the model exactly while it samples."""
+
+    def attach(self, model: torch.nn.Module) -> None: ...
+
+    def detach(self) -> None: ...
+
+    def at(self, level: float) -> None:
+        """Told the noise level of each call before it comes."""
 
 
 def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, before: Any = None) -> list[torch.Tensor]:
@@ -40,7 +51,7 @@ def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, befor
 def sample(
     patcher: Any,
     run: Run,
-    recording: Recording,
+    recording: Listener,
     latent: dict[str, Any],
     on_step: OnStep,
     begun: Sequence[torch.Tensor] = (),
@@ -103,7 +114,7 @@ class RecordingGuider(comfy.samplers.CFGGuider):
     sampling, so no weight is moved or patched on account of a calibration, and nothing needs to be undone after it.
     """
 
-    def __init__(self, patcher: Any, recording: Recording, room: torch.Tensor | None = None) -> None:
+    def __init__(self, patcher: Any, recording: Listener, room: torch.Tensor | None = None) -> None:
         """`room`: what the recording needs on the device, kept free while the model is loaded."""
         super().__init__(patcher)
         self.recording = recording
@@ -124,7 +135,7 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         self.room = None
         self.recording.attach(self.inner_model)
         try:
-            with _uncompiled():
+            with uncompiled():
                 return super().inner_sample(*args, **kwargs)
         finally:
             self.recording.detach()
@@ -160,7 +171,7 @@ def fitting(patcher: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Run torch.compile'd modules eagerly: hooks that are added after compiling never fire."""
     if "torch._dynamo" not in sys.modules:
         yield

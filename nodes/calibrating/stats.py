@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...ssr_core import Calibration
 from ..reading.loaded_lora import LoadedLora
 from .circumstances import Circumstances
+from .prompt import without_text
+from .runs import Kind, Run
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What was sampled to measure, so that more can be sampled of the same to polish a merge."""
+
+    runs: tuple[Run, ...]  # one of each case
+    latent: Mapping[str, Any]  # ComfyUI's LATENT, empty
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], latent: Mapping[str, Any]) -> Sampled:
+        """Without the texts of the prompts, which would keep the text encoder in memory."""
+        kept = [replace(run, prompts=without_text(run.prompts)) for run in runs if run.kind is Kind.MEASURE]
+        return cls(tuple(replace(run, case=replace(run.case, conditioning=run.prompts)) for run in kept), latent)
+
+    def reordered(self, order: Sequence[int]) -> Sampled:
+        """With the LoRAs in another order: the new k-th is the old order[k]."""
+        return replace(self, runs=tuple(run.reordered(order) for run in self.runs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +42,7 @@ class Stats:
     silent: tuple[str, ...]  # modules that a LoRA changes and that never ran
     provenance: Mapping[str, str]  # metadata for the file that is saved in the end
     collections: tuple[Circumstances, ...]  # how it was measured: once, unless statistics were added
+    sampled: tuple[Sampled, ...] = ()  # and on what; empty if loaded from a file
 
     @property
     def model(self) -> str:

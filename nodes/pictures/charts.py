@@ -31,10 +31,10 @@ def chart(conflict: Conflict) -> Tensor:
         from matplotlib.figure import Figure
     except ImportError:
         logging.warning(MISSING)
-        return image_of(_notice(MISSING))
+        return image_of(notice(MISSING))
     rows = len(conflict.cases)
     top, bottom = 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
-    with _style():
+    with style():
         figure: Any = Figure(figsize=(WIDTH / DPI, top + bottom), dpi=DPI, facecolor=PAPER, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, hspace=0.04, wspace=0.04)
@@ -49,7 +49,7 @@ def chart(conflict: Conflict) -> Tensor:
     return image_of(Image.fromarray(pixels))
 
 
-def _style() -> Any:
+def style() -> Any:
     """Of everything drawn inside; nothing of matplotlib's own settings is changed for others."""
     from matplotlib import font_manager, rc_context
 
@@ -105,7 +105,7 @@ def _label_blocks(axis: Any, names: Sequence[str], most: int = 16) -> None:
     right = -1.0
     for kind in dict.fromkeys(kinds):
         members = [i for i, other in enumerate(kinds) if other == kind]
-        label, middle = _short(kind, 24), (members[0] + members[-1]) / 2
+        label, middle = short(kind, 24), (members[0] + members[-1]) / 2
         width = len(label) * len(names) / 72  # in columns: so many characters fit below all of them
         if middle - width / 2 > right:
             axis.annotate(
@@ -166,7 +166,7 @@ def _separate(axis: Any, shape: Sequence[int]) -> None:
 
 
 def _numbered(names: Sequence[str], most: int) -> list[str]:
-    return [f"{_short(name, most)}  {number}" for number, name in enumerate(names, 1)]
+    return [f"{short(name, most)}  {number}" for number, name in enumerate(names, 1)]
 
 
 def _colours() -> Any:
@@ -175,7 +175,7 @@ def _colours() -> Any:
     return LinearSegmentedColormap.from_list("conflict", SCALE).with_extremes(bad="#e6e8eb")
 
 
-def _short(name: str, most: int) -> str:
+def short(name: str, most: int) -> str:
     """With its middle left out where it is too long: both ends tell files apart."""
     if len(name) <= most:
         return name
@@ -183,7 +183,7 @@ def _short(name: str, most: int) -> str:
     return f"{name[:head]}…{name[-(most - 1 - head) :]}"
 
 
-def _notice(text: str) -> Image.Image:
+def notice(text: str) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, WIDTH // 4), PAPER)
     ImageDraw.Draw(sheet).multiline_text(
         (40, WIDTH // 8), textwrap.fill(text, 58), INK, ImageFont.load_default(28), anchor="lm", spacing=12

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelMismatchError
+from ..lora.site import canonical
 
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
 WIDENED = ("cpu", "mps")  # where half precision is computed in float32: they have no fast product with a wide result
@@ -148,14 +149,31 @@ class Layer:
         plain = not output.requires_grad and output.is_inference() <= torch.is_inference_mode_enabled()
         return output if alone and fresh and plain else output.clone(memory_format=torch.contiguous_format)
 
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """up down x in the shape of the layer's output, all at once; gradients pass.
+
+        Args:
+            down: (r, in, *kernel) in the layout of the weight.
+            up: (out, r)
+        """
+        if not self.is_conv:
+            return F.linear(F.linear(x, down.flatten(1)), up)
+        down = down.reshape(-1, *self.weight_shape[1:])
+        images = self._convolve(self._batched(x), down)
+        output = _CONV[down.ndim](images, up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
+        return output if x.ndim == down.ndim else output[0]
+
     def _convolved(self, x: Tensor, down: Tensor) -> Tensor:
+        z = self._convolve(x, down).movedim(1, -1).flatten(0, -2)
+        return z if z.dtype.itemsize >= 4 else z.float()
+
+    def _convolve(self, x: Tensor, down: Tensor) -> Tensor:
+        """Images of the signal, as this layer slides over images of the input."""
         module, padding = self.module, self.module.padding
         if getattr(module, "padding_mode", "zeros") != "zeros":
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
-        z = _CONV[down.ndim](x, down, stride=module.stride, padding=padding, dilation=module.dilation)
-        z = z.movedim(1, -1).flatten(0, -2)
-        return z if z.dtype.itemsize >= 4 else z.float()
+        return _CONV[down.ndim](x, down, stride=module.stride, padding=padding, dilation=module.dilation)
 
     def _images(self, x: Tensor) -> tuple[Tensor, ...]:
         images = self._batched(x)
@@ -164,6 +182,17 @@ class Layer:
     def _batched(self, images: Tensor) -> Tensor:
         """Inputs or outputs of a convolution, which may be one image without a batch axis."""
         return images if images.ndim == len(self.weight_shape) else images[None]
+
+
+def find_layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
+    """The layer that LoRAs call `name`, in dots or in kohya's underscores."""
+    found = name if name in modules else known.get(canonical(name), "")
+    if not found or getattr(modules[found], "weight", None) is None:
+        raise ModelMismatchError(
+            f"The model ({type(model).__name__}) has no layer {name!r}. Was the LoRA trained for another model, "
+            "or do its keys carry a prefix that the model's module names lack?"
+        )
+    return Layer(modules[found], found)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ModelMismatchError
 from ..lora.site import Site, canonical
 from ..lora.subspace import Subspace
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .accumulator import Accumulator
-from .layer import Layer, PlacedUp, add_product, compute_dtype, fits
+from .layer import Layer, PlacedUp, add_product, compute_dtype, find_layer, fits
 from .tap import Joint, Place, Tap, taps_of
 from .token_choice import Choice
 
@@ -72,7 +71,7 @@ class Recording:
         self.detach()
         modules = dict(model.named_modules())
         known = {canonical(name): name for name in modules}
-        layers = {tap.module: _layer(modules, known, tap.module, model) for tap in self._taps}
+        layers = {tap.module: find_layer(modules, known, tap.module, model) for tap in self._taps}
         for tap in self._taps:
             tap.check(layers[tap.module])
         self._attached = model
@@ -229,14 +228,3 @@ class Recording:
             self._last = (x, tap)
         for piece in layer.seen(x, chosen):
             tap.sketch.update(piece)
-
-
-def _layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
-    """The layer that LoRAs call `name`, in dots or in kohya's underscores."""
-    found = name if name in modules else known.get(canonical(name), "")
-    if not found or getattr(modules[found], "weight", None) is None:
-        raise ModelMismatchError(
-            f"The model ({type(model).__name__}) has no layer {name!r}. Was the LoRA trained for another model, "
-            "or do its keys carry a prefix that the model's module names lack?"
-        )
-    return Layer(modules[found], found)

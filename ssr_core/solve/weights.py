@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..lora.site import Site
 from ..statistics.calibration import Calibration
+from ..statistics.case import Case
 from .diagnostics import effects, spoken
 from .settings import MergeSettings
 
 
 def task_weights(calibration: Calibration, settings: MergeSettings) -> dict[Site, list[float]]:
     """(C,) for each site: what each case's sums are multiplied with."""
-    given = _given(calibration, settings)
+    loras = settings.weights or [1.0] * len(calibration.loras)
+    given = torch.tensor(case_weights(calibration.cases, loras, settings.balanced), dtype=torch.float64)
     shares = _effects(calibration) if settings.balanced else {}
     weights = {}
     for site, space in calibration.subspaces.items():
@@ -22,16 +26,15 @@ def task_weights(calibration: Calibration, settings: MergeSettings) -> dict[Site
     return weights
 
 
-def _given(calibration: Calibration, settings: MergeSettings) -> Tensor:
-    """(C,) a combination counts as its LoRAs do on average, silence as all of them.
+def case_weights(cases: Sequence[Case], given: Sequence[float], balanced: bool = True) -> list[float]:
+    """(C,) from the LoRAs' weights: a combination counts as its LoRAs do on average, silence as all of them.
 
     Balanced, all combinations together count no more than the LoRAs by themselves: of many LoRAs there are many pairs.
     """
-    given = torch.tensor(settings.weights or [1.0] * len(calibration.loras), dtype=torch.float64)
-    found = [given[list(case.speakers)].mean() if case.speakers else given.mean() for case in calibration.cases]
-    together = torch.tensor([case.is_combination for case in calibration.cases])
-    share = min(1.0, len(given) / max(1, int(together.sum()))) if settings.balanced else 1.0
-    return torch.where(together, share * torch.stack(found), torch.stack(found))
+    loras, together = torch.tensor(given, dtype=torch.float64), sum(case.is_combination for case in cases)
+    share = min(1.0, len(loras) / max(1, together)) if balanced else 1.0
+    means = [float(loras[list(case.speakers)].mean() if case.speakers else loras.mean()) for case in cases]
+    return [share * mean if case.is_combination else mean for case, mean in zip(cases, means, strict=True)]
 
 
 def _effects(calibration: Calibration) -> dict[str, Tensor]:

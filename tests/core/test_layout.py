@@ -25,10 +25,11 @@ CORE = {
         *("weights", "solution", "problem", "merge"),
     ),
     "report": ("conflict", "advice"),
+    "distillation": ("point", "factors", "branch", "overwriting", "frozen", "distil"),
     "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
 }
 # Folders of which each may import the ones before it; "" holds the nodes, a file each.
-NODES = ("schema", "reading", "calibrating", "writing", "pictures", "")
+NODES = ("schema", "reading", "calibrating", "writing", "polishing", "pictures", "")
 # What stands around the pack. `ssr_core` and `nodes` are what is shipped, and import nothing of the others.
 AROUND = ("ssr_core", "nodes", "hosting", "demo", "authoring")
 

@@ -1,0 +1,187 @@
+"""Polishing: a merge learns from the LoRAs that it is made of, on the prompts that they were measured on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from torch import Tensor
+
+from ...ssr_core import (
+    DistillationSettings,
+    Distilled,
+    Evaluation,
+    LoraError,
+    SSRError,
+    StatisticsError,
+    distil,
+)
+from ...ssr_core.files.lora_file import to_state_dict
+from ...ssr_core.solve.weights import case_weights
+from ..calibrating.progress import show_steps
+from ..calibrating.runs import Run
+from ..calibrating.stats import Stats
+from ..reading.loaded_lora import LoadedLora
+from ..reading.patches import read_task
+from ..reading.task import Task
+from ..writing.lora_model import LoraModel
+from .points import Lesson, record, steps_of
+from .training import in_training
+
+NAME = "SSR Polish"
+
+
+@dataclass(frozen=True, eq=False)
+class Polished:
+    """What SSR Polish gives."""
+
+    lora: LoraModel
+    report: str
+    history: tuple[Evaluation, ...]
+    labels: tuple[str, ...]  # (C,) of the cases
+
+
+def polish(
+    model: Any,
+    stats: Stats,
+    lora: Mapping[str, Tensor],
+    settings: DistillationSettings,
+    tell: Callable[[str], None],
+    before: Any = None,
+) -> Polished:
+    """Distil the LoRAs of `stats` into their merge.
+
+    Args:
+        lora: a LORA_MODEL of SSR Solve.
+        tell: is told what happens, in words.
+        before: the model that samples the steps before the first that was measured.
+
+    Raises:
+        StatisticsError: statistics from a file, or of another model.
+        LoraError: a merge of other LoRAs.
+        SSRError: too little memory, or a model that passes no gradient.
+    """
+    started = time.perf_counter()
+    loras = _at_strengths_of(lora, stats)
+    runs = _runs(model, stats, before)
+    merged = read_task(Task("the merge", lora, 1.0, []), model).model
+    if not merged.updates:
+        raise LoraError(f"{NAME}: the merge changes no layer of this model that can be polished.")
+    lesson = record(
+        *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, steps_of(runs))),
+        lambda number, total: tell(f"{number + 1} of {total}: sampling, {runs[number][0].case.name}"),
+        before,
+    )
+    patcher = model.clone()
+    patcher.add_patches(dict(merged.patches), 1.0)
+    weights = case_weights(lesson.cases, [1.0] * len(loras))
+    watch = _Watch(tell, settings)
+    with in_training(patcher, 0) as network:
+        distilled = distil(
+            *(network, network.diffusion_model, merged.updates, lesson.points, lesson.held_out, patcher.load_device),
+            *(weights, settings, watch.on_point, watch.on_evaluation),
+        )
+    seconds = time.perf_counter() - started
+    report = _report(distilled, lesson, stats, settings, seconds)
+    tell(report.splitlines()[0])
+    labels = tuple(case.label([one.task.name for one in loras]) for case in lesson.cases)
+    return Polished(_replaced(lora, merged.updates, distilled, settings), report, distilled.history, labels)
+
+
+class _Watch:
+    """Progress, and what is said where somebody stops it."""
+
+    def __init__(self, tell: Callable[[str], None], settings: DistillationSettings) -> None:
+        self._tell, self._settings = tell, settings
+        self._bar = comfy.utils.ProgressBar(settings.steps * settings.batch)
+        self._history: list[Evaluation] = []
+
+    def on_point(self, done: int, total: int) -> None:
+        self._bar.update_absolute(done, total)
+        try:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        except comfy.model_management.InterruptProcessingException:
+            step = done // self._settings.batch
+            self._tell(f"Stopped at step {step}; nothing is kept. With steps at {max(step, 1)} it ends there.")
+            raise
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        self._history.append(evaluation)
+        self._tell(
+            f"Step {evaluation.step} of {self._settings.steps}: error {evaluation.error:.3f}, "
+            f"it was {self._history[0].error:.3f}"
+        )
+
+
+def _runs(model: Any, stats: Stats, before: Any) -> list[tuple[Run, Mapping[str, Any]]]:
+    if not stats.sampled:
+        raise StatisticsError(
+            f"{NAME}: these statistics are from a file, which does not hold the prompts as the model saw them. Connect "
+            "SSR Collect Stats instead of SSR Load Stats; it may measure briefly, as the merge is there already."
+        )
+    kind = type(model.model).__name__
+    if kind != stats.model:
+        raise StatisticsError(f"{NAME}: the statistics were collected on {stats.model}, but this model is {kind}.")
+    if before is not None and not any(run.sampling.start for one in stats.sampled for run in one.runs):
+        raise SSRError(f"{NAME}: model_before is connected, but the statistics begin at step 0; disconnect it.")
+    return [(run, one.latent) for one in stats.sampled for run in one.runs]
+
+
+def _at_strengths_of(lora: Mapping[str, Tensor], stats: Stats) -> list[LoadedLora]:
+    """The LoRAs of the statistics, as strong as in the merge.
+
+    Raises:
+        LoraError: the merge is not one of these.
+    """
+    metadata = getattr(lora, "metadata", {})
+    if "ssr.sources" not in metadata:
+        raise LoraError(f"{NAME} takes a merge from SSR Solve, which knows of what it is made; this LoRA is another.")
+    sources, known = (json.loads(one["ssr.sources"]) for one in (metadata, stats.provenance))
+    names, expected = ([(one.get("file"), one.get("sha256")) for one in each] for each in (sources, known))
+    if names != expected:
+        raise LoraError(
+            f"{NAME}: the merge is of {_listed(names)}, and the statistics are of {_listed(expected)}; connect those "
+            "that it was solved from."
+        )
+    return [
+        replace(one, task=replace(one.task, strength=source["strength"]))
+        for one, source in zip(stats.loras, sources, strict=True)
+    ]
+
+
+def _listed(names: Sequence[tuple[Any, Any]]) -> str:
+    return ", ".join(str(name) for name, _ in names)
+
+
+def _replaced(
+    lora: Mapping[str, Tensor], updates: Mapping[Any, Any], distilled: Distilled, settings: DistillationSettings
+) -> LoraModel:
+    """The LORA_MODEL with other factors; all else that it changes stays."""
+    routed = to_state_dict(updates, "")
+    rest = {key: value for key, value in lora.items() if key not in routed}
+    known = {**asdict(settings), "error": [distilled.start.error, distilled.best.error], "kept": distilled.best.step}
+    metadata = {**getattr(lora, "metadata", {}), "ssr.polish": json.dumps(known)}
+    return LoraModel({**to_state_dict(distilled.updates, ""), **rest}, metadata)
+
+
+def _report(distilled: Distilled, lesson: Lesson, stats: Stats, settings: DistillationSettings, seconds: float) -> str:
+    start, best = distilled.start, distilled.best
+    names = [lora.task.name for lora in stats.loras]
+    kept = f"kept that of step {best.step} of {settings.steps}"
+    lines = [
+        f"Error on held-out points: {start.error:.3f} -> {best.error:.3f}, {kept}, {seconds:.0f} s.",
+        "0 = the LoRAs asked for, 1 = the model without any. Held out is the noise, not the prompt.",
+        f"{len(lesson.points)} points to learn from, {len(lesson.held_out)} to judge by.",
+    ]
+    if distilled.stopped:
+        lines.append(f"Stopped early: {distilled.stopped}. A lower learning rate may go further.")
+    width = max(len(case.label(names)) for case in lesson.cases)
+    lines.append(f"{'':{width}}  {'merge':>8}  {'polished':>8}")
+    for number, case in enumerate(lesson.cases):
+        lines.append(f"{case.label(names):{width}}  {start.cases[number]:8.3f}  {best.cases[number]:8.3f}")
+    return "\n".join(lines)

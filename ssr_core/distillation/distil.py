@@ -1,0 +1,251 @@
+"""Distillation of a merge: what least squares leaves, layer by layer, a few gradient steps take off all layers at once.
+
+The LoRAs are their merge's teachers: at points of their calibration, what the model answers with the LoRAs that a case
+asks for is what it should answer with the merge. No images are needed, and the model's weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SolveError
+from ..lora.low_rank_update import LowRankUpdate
+from ..lora.site import Site
+from .branch import Branch
+from .factors import Learning
+from .frozen import frozen
+from .overwriting import Overwriting
+from .point import Point
+
+DIVERGED = 2.0  # times the error it began with
+WARM_UP = 0.1  # of the steps: before Adam knows how large gradients are, it steps too far
+BETAS = (0.9, 0.99)
+HALF_SCALE = 2.0**12  # of a loss in float16, at first
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How a merge is distilled."""
+
+    steps: int = 100
+    batch: int = 8  # points a step, one after the other
+    learning_rate: float = 0.02  # of each factor's root mean square, at first; it falls to 0
+    evaluations: int = 8  # how often the held-out points are looked at
+    seed: int = 0  # of the order of the points
+    only_up: bool = False  # `down` stays as it is: half of what learns, and of its memory
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.evaluations) < 1 or not 0 < self.learning_rate < math.inf:
+            raise SolveError(f"{self} cannot be meant: all but seed have to be above 0.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors on the held-out points: 0 = the LoRAs that a case asks for, 1 = the model without any."""
+
+    step: int
+    error: float  # of all cases, by their weights
+    cases: tuple[float, ...]  # (C,) nan where nothing was held out
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A merge after distillation, as it was where its error on the held-out points was the smallest."""
+
+    updates: Mapping[Site, LowRankUpdate]
+    history: tuple[Evaluation, ...]  # the first is of the merge that it began at
+    stopped: str = ""  # why, if before the last step
+
+    @property
+    def start(self) -> Evaluation:
+        return self.history[0]
+
+    @property
+    def best(self) -> Evaluation:
+        return min(self.history, key=lambda one: one.error)
+
+
+def distil(
+    model: nn.Module,
+    network: nn.Module,
+    updates: Mapping[Site, LowRankUpdate],
+    points: Sequence[Point],
+    held_out: Sequence[Point],
+    device: torch.device,
+    weights: Sequence[float] = (),
+    settings: DistillationSettings | None = None,
+    on_point: Callable[[int, int], None] = lambda done, total: None,
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> Distilled:
+    """Distil the LoRAs of all cases into `updates`.
+
+    Args:
+        model: whose layers the sites name; none of its LoRAs may be active on it.
+        network: the part of it whose calls the points are.
+        held_out: points that are not learnt from: they decide which step is kept.
+        device: where the model computes.
+        weights: (C,) how much each case counts; given empty, all count the same.
+        on_point: called after each point with how many are done. What it raises ends everything, and the model is as
+            it was.
+
+    Raises:
+        SolveError: too few points, a model that passes no gradient, or errors that are not finite from the beginning.
+    """
+    if not points or not held_out:
+        raise SolveError("There are too few points to distil at: some to learn from and some to judge by are needed.")
+    if not all(update.is_finite() for update in updates.values()):
+        raise SolveError("The merge holds values that are not finite, so there is nothing to begin at.")
+    settings = settings or DistillationSettings()
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        judge = _Judge(network, held_out, device, weights)
+        student = _Student(updates, network, device, settings, judge.shares(points))
+        with student.attached(model):
+            return _learn(student, judge, points, settings, on_point, on_evaluation)
+
+
+def _learn(
+    student: _Student,
+    judge: _Judge,
+    points: Sequence[Point],
+    settings: DistillationSettings,
+    on_point: Callable[[int, int], None],
+    on_evaluation: Callable[[Evaluation], None],
+) -> Distilled:
+    history, best = [judge.evaluate(0)], student.updates()
+    on_evaluation(history[0])
+    if not math.isfinite(history[0].error):
+        raise SolveError("The model's answers with this merge are not finite, so there is nothing to begin at.")
+    batches, every = _batches(points, settings), max(1, settings.steps // settings.evaluations)
+    for step in range(1, settings.steps + 1):
+        for number, point in enumerate(next(batches), 1):
+            student.see(point)
+            on_point((step - 1) * settings.batch + number, settings.steps * settings.batch)
+        student.step()
+        if step % every and step != settings.steps:
+            continue
+        history.append(judge.evaluate(step))
+        on_evaluation(history[-1])
+        error = history[-1].error
+        if error <= min(one.error for one in history):
+            best = student.updates()
+        if not error < DIVERGED * history[0].error:
+            return Distilled(best, tuple(history), f"the error rose to {error:.2f} at step {step}")
+    return Distilled(best, tuple(history))
+
+
+class _Student:
+    """The merge's factors, how they take part in the model, and how they learn."""
+
+    def __init__(
+        self,
+        updates: Mapping[Site, LowRankUpdate],
+        network: nn.Module,
+        device: torch.device,
+        settings: DistillationSettings,
+        shares: Sequence[float],
+    ) -> None:
+        self._factors = {site: Learning(update, device, settings.only_up) for site, update in updates.items()}
+        self.attached = Branch(self._factors).attached
+        self._network, self._device = network, device
+        self._shares = [share / settings.batch for share in shares]
+        self._learning = [one for factors in self._factors.values() for one in factors.parameters()]
+        self._optimizer = torch.optim.AdamW(self._learning, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: _rising(step, settings.steps) * _falling(step, settings.steps)
+        )
+        self._scaler: torch.amp.GradScaler | None = None
+
+    def see(self, point: Point) -> None:
+        """Add the gradient of one point."""
+        if self._scaler is None:
+            half = any(target.dtype == torch.float16 for target in point.target)
+            self._scaler = torch.amp.GradScaler(self._device.type, init_scale=HALF_SCALE, enabled=half)
+        with Overwriting():
+            loss = distance(point, self._network, self._device) * self._shares[point.case]
+            if not loss.requires_grad:
+                raise SolveError("The model passes no gradient to its layers, so nothing can be distilled on it.")
+            self._scaler.scale(loss).backward()
+
+    def step(self) -> None:
+        assert self._scaler is not None
+        self._scaler.unscale_(self._optimizer)
+        torch.nn.utils.clip_grad_norm_(self._learning, 1.0)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+
+    def updates(self) -> dict[Site, LowRankUpdate]:
+        return {site: factors.update() for site, factors in self._factors.items()}
+
+
+class _Judge:
+    """The held-out points."""
+
+    def __init__(
+        self, network: nn.Module, held_out: Sequence[Point], device: torch.device, weights: Sequence[float]
+    ) -> None:
+        """The model has no LoRA on it yet: what it answers is how far each case's LoRAs move it."""
+        self._network, self._points, self._device = network, held_out, device
+        self._weights = torch.tensor(weights or [1.0] * (1 + max(point.case for point in held_out))).double()
+        found = self._means()
+        there = found > 0
+        # silence, or LoRAs at strength 0, have no effect of their own
+        self._effects = torch.where(there, found, found[there].mean() if there.any() else 1.0)
+
+    def evaluate(self, step: int) -> Evaluation:
+        errors = self._means() / self._effects
+        known = ~errors.isnan()
+        error = float((errors[known] * self._weights[known]).sum() / self._weights[known].sum())
+        return Evaluation(step, error if known.any() and math.isfinite(error) else math.inf, tuple(errors.tolist()))
+
+    def shares(self, points: Sequence[Point]) -> list[float]:
+        """(C,) what the distance at a point counts, so that each case counts by its weight."""
+        counts = torch.zeros_like(self._weights)
+        for point in points:
+            counts[point.case] += 1
+        shares: list[float] = (
+            self._weights / self._weights.sum() / self._effects * len(points) / counts.clamp_min(1)
+        ).tolist()
+        return shares
+
+    @torch.no_grad()
+    def _means(self) -> Tensor:
+        """(C,) of the held-out points' distances; nan where a case has none."""
+        sums = torch.zeros(2, len(self._weights), dtype=torch.float64)
+        for point in self._points:
+            sums[0, point.case] += float(distance(point, self._network, self._device))
+            sums[1, point.case] += 1
+        return sums[0] / sums[1]
+
+
+def distance(point: Point, network: nn.Module, device: torch.device) -> Tensor:
+    """Mean squared difference of what the model answers now from what it answered with the case's LoRAs."""
+    answer = point.answer(network, device)
+    pairs = zip(answer, point.target, strict=True)
+    squares = [(ours.float() - target.to(device).float()).square().sum() for ours, target in pairs]
+    return torch.stack(squares).sum() / sum(target.numel() for target in point.target)
+
+
+def _rising(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (WARM_UP * steps + 1))
+
+
+def _falling(step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _batches(points: Sequence[Point], settings: DistillationSettings) -> Iterator[list[Point]]:
+    """Without end; each point once before any comes again."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    waiting: list[Point] = []
+    while True:
+        while len(waiting) < settings.batch:
+            waiting += [points[index] for index in torch.randperm(len(points), generator=generator).tolist()]
+        yield waiting[: settings.batch]
+        del waiting[: settings.batch]

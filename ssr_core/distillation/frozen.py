@@ -1,0 +1,220 @@
+"""A frozen model: gradients pass through it, and neither its weights nor its blocks' insides are kept for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .overwriting import Overwriting
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def frozen(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """Inside, gradients pass through `model`, and its weights get none. Afterwards it is as before.
+
+    Weights that were loaded under inference mode are looked at through tensors of the same memory, as autograd does not
+    take them. Weights that are converted for every call (quantized, offloaded) are converted again when gradients pass,
+    instead of being kept until then.
+
+    Args:
+        checkpointing: of the model's repeated blocks only the inputs are kept, and their insides computed again
+            (Chen et al. 2016, arXiv 1604.06174).
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_usable_weights(module))
+            if module._parameters and not module._modules:
+                stack.enter_context(_replaced(module, _converting(module)))
+        for block in blocks_of(model) if checkpointing else ():
+            stack.enter_context(_replaced(block, _checkpointed(block)))
+        yield
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: what its outermost ModuleLists hold, inside further lists if need be."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            found += blocks_of(child)
+            continue
+        for one in child:
+            # a Sequential in a list may be taken apart by its model, as UNets do
+            held = list(one) if isinstance(one, nn.ModuleList | nn.Sequential) else [one]
+            for block in held:
+                found += blocks_of(nn.ModuleList([block])) if isinstance(block, nn.ModuleList) else [block]
+    return [block for block in found if any(True for _ in block.parameters())]
+
+
+@contextmanager
+def _usable_weights(module: nn.Module) -> Iterator[None]:
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
+    wanting = {name: one for name, one in parameters.items() if one is not None and one.requires_grad}
+    for name, parameter in parameters.items():
+        if parameter is not None and type(parameter) is nn.Parameter and parameter.is_inference():
+            module._parameters[name] = nn.Parameter(_same_memory(parameter.data), requires_grad=False)
+        elif name in wanting and parameter is not None:
+            parameter.requires_grad_(False)
+    for name, buffer in buffers.items():
+        if type(buffer) is Tensor and buffer.is_inference():
+            module._buffers[name] = _same_memory(buffer)
+    try:
+        yield
+    finally:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+        for parameter in wanting.values():
+            if not parameter.is_inference():
+                parameter.requires_grad_(True)
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # of another node, if it put one on this very module
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
+
+
+def _converting(module: nn.Module) -> Forward:
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        simple = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].requires_grad
+        if not simple or _is_used_as_it_is(module, args[0]):
+            return original(*args, **kwargs)
+        return _Again.apply(args[0], original)
+
+    return forward
+
+
+def _is_used_as_it_is(module: nn.Module, x: Tensor) -> bool:
+    """Whether the layer computes with the very weight that it holds."""
+    # ComfyUI's marks of weights that are patched at every call, or held by its dynamic memory
+    moving = bool(getattr(module, "weight_function", ())) or hasattr(module, "_v")
+    held = (one for one in module._parameters.values() if one is not None)
+    return not moving and all(one.dtype == x.dtype and one.device == x.device for one in held)
+
+
+class _Again(torch.autograd.Function):
+    """A layer that is run again when its gradient is asked for, rather than keep the weight that it converted."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, original: Forward) -> Tensor:
+        context.save_for_backward(x)
+        context.original = original
+        output: Tensor = original(x)
+        return output
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (x,) = context.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(context.original(x), x, gradients)[0], None
+
+
+def _checkpointed(block: nn.Module) -> Forward:
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        # models write into the options they hand on (the number of the block): when it is computed again, it has to
+        # find what it found
+        kwargs = {name: dict(one) if type(one) is dict else one for name, one in kwargs.items()}
+        structure = _Structure((args, kwargs))
+        answer = _Structure(())
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            nonlocal answer
+            args, kwargs = structure.filled(tensors)
+            answer = _Structure(original(*args, **kwargs))
+            return answer.tensors
+
+        always = torch.empty(0, requires_grad=True)  # the first block's inputs want no gradient, its factors do
+        tensors = _Checkpoint.apply(run, always, *structure.tensors)
+        return answer.filled(tensors)
+
+    return forward
+
+
+class _Structure:
+    """What a block is given or answers, and the tensors in it."""
+
+    def __init__(self, value: Any) -> None:
+        self._found: list[Tensor] = []
+        self._value = self._emptied(value)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self._found)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        return _replaced_in(self._value, _Slot, lambda slot: tensors[slot.number])
+
+    def _emptied(self, value: Any) -> Any:
+        def emptied(tensor: Tensor) -> _Slot:
+            self._found.append(tensor)
+            return _Slot(len(self._found) - 1)
+
+        return _replaced_in(value, Tensor, emptied)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    number: int
+
+
+def _replaced_in(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return replace(value)
+    if type(value) in (list, tuple):
+        return type(value)(_replaced_in(one, kind, replace) for one in value)
+    if type(value) is dict:
+        return {key: _replaced_in(one, kind, replace) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        same = copy(value)
+        for name, one in vars(value).items():
+            object.__setattr__(same, name, _replaced_in(one, kind, replace))
+        return same
+    return value
+
+
+class _Checkpoint(torch.autograd.Function):
+    """torch.utils.checkpoint keeps no check that what it computed again was not overwritten afterwards."""
+
+    @staticmethod
+    def forward(context: Any, run: Callable[..., tuple[Tensor, ...]], always: Tensor, *tensors: Tensor) -> Any:
+        context.run = run
+        context.save_for_backward(*tensors)
+        return run(*map(torch.clone, tensors))
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [one.detach().requires_grad_(one.requires_grad) for one in context.saved_tensors]
+        with (
+            torch.enable_grad(),
+            Overwriting(),
+        ):  # modes and hooks of the forward pass do not reach into the backward pass
+            answers = context.run(*map(torch.clone, given))
+            pairs = [(a, g) for a, g in zip(answers, gradients, strict=True) if a.requires_grad and g is not None]
+            torch.autograd.backward([a for a, _ in pairs], [g for _, g in pairs])
+        return (None, None, *(one.grad for one in given))

@@ -1,0 +1,101 @@
+"""Point: one call of a model while a case's LoRAs are active, and what it answered. What a merge is distilled at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A call of the model that can be made again, with another merge on it. All tensors are in host memory."""
+
+    case: int  # whose LoRAs were active, by number
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: tuple[Tensor, ...]  # the tensors that it answered with
+
+    def answer(self, network: nn.Module, device: torch.device) -> tuple[Tensor, ...]:
+        """What the model answers now."""
+        # copies: what was kept under inference mode takes no part in gradients, and a model may write into its inputs
+        fresh = lambda tensor: tensor.to(device, copy=True)  # noqa: E731
+        return tuple(tensors_in(network(*_mapped(self.args, fresh), **_mapped(dict(self.kwargs), fresh))))
+
+    def bytes(self) -> int:
+        """Of the tensors that no other point shares."""
+        return sum(tensor.nbytes for tensor in (*tensors_in(self.args[:1]), *self.target))
+
+
+class PointRecorder:
+    """Keeps the calls of a model, as points of one case."""
+
+    def __init__(self, case: int) -> None:
+        self.case = case
+        self.points: list[Point] = []
+        self._handles: list[RemovableHandle] = []
+        self._call: tuple[Any, Any] = ((), {})  # the one that is being answered
+        self._kept: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # prompts are the same in all steps
+
+    def attach(self, network: nn.Module) -> None:
+        self.detach()
+        self._handles = [
+            network.register_forward_pre_hook(self._before, with_kwargs=True),  # a model may write into its inputs
+            network.register_forward_hook(self._after),
+        ]
+
+    @contextmanager
+    def attached(self, network: nn.Module) -> Iterator[None]:
+        """Inside, calls are kept."""
+        self.attach(network)
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = _mapped(args, self._on_host), _mapped(kwargs, self._on_host)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        target = tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors_in(output))
+        self.points.append(Point(self.case, *self._call, target))
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        kept = tensor.detach().to("cpu", copy=True)
+        last = self._kept.get((kept.shape, kept.dtype))
+        if last is not None and torch.equal(last, kept):
+            return last
+        self._kept[kept.shape, kept.dtype] = kept
+        return kept
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of what a model takes or answers, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_in(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same with other tensors; containers are copied, as models write into those they are given."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(one, function) for one in value)
+    if type(value) is dict:
+        return {key: _mapped(one, function) for key, one in value.items()}
+    return value
