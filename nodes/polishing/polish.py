@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -72,16 +73,18 @@ def polish(
     merged = read_task(Task("the merge", lora, 1.0, []), model).model
     if not merged.updates:
         raise LoraError(f"{NAME}: the merge changes no layer of this model that can be polished.")
+    sampled = steps_of(runs)
+    bar = comfy.utils.ProgressBar(sampled + settings.steps * settings.batch)
     lesson = record(
-        *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, steps_of(runs))),
+        *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, sampled, bar)),
         lambda number, total: tell(f"{number + 1} of {total}: sampling, {runs[number][0].case.name}"),
         before,
     )
     patcher = model.clone()
     patcher.add_patches(dict(merged.patches), 1.0)
     weights = case_weights(lesson.cases, [1.0] * len(loras))
-    watch = _Watch(tell, settings)
-    with in_training(patcher, 0) as network:
+    watch = _Watch(tell, settings, bar, sampled)
+    with watch.interruptible(), in_training(patcher, 0) as network:
         distilled = distil(
             *(network, network.diffusion_model, merged.updates, lesson.points, lesson.held_out, patcher.load_device),
             *(weights, settings, watch.on_point, watch.on_evaluation),
@@ -96,19 +99,28 @@ def polish(
 class _Watch:
     """Progress, and what is said where somebody stops it."""
 
-    def __init__(self, tell: Callable[[str], None], settings: DistillationSettings) -> None:
+    def __init__(self, tell: Callable[[str], None], settings: DistillationSettings, bar: Any, sampled: int) -> None:
+        """`sampled`: of ComfyUI's progress bar, the steps that are done by then."""
         self._tell, self._settings = tell, settings
-        self._bar = comfy.utils.ProgressBar(settings.steps * settings.batch)
+        self._bar, self._sampled = bar, sampled
+        self._step = 0
         self._history: list[Evaluation] = []
 
-    def on_point(self, done: int, total: int) -> None:
-        self._bar.update_absolute(done, total)
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Says what to do about it where somebody stops what is inside."""
         try:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            yield
         except comfy.model_management.InterruptProcessingException:
-            step = done // self._settings.batch
-            self._tell(f"Stopped at step {step}; nothing is kept. With steps at {max(step, 1)} it ends there.")
+            self._tell(
+                f"Stopped at step {self._step}; nothing is kept. With steps at {max(self._step, 1)} it ends there."
+            )
             raise
+
+    def on_point(self, done: int, total: int) -> None:
+        self._step = done // self._settings.batch
+        self._bar.update_absolute(self._sampled + done)
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         self._history.append(evaluation)

@@ -34,8 +34,8 @@ def collect(
     """SSR_STATS, without refinement unless `more` asks for it."""
     return execute(
         node("collect_stats.SSRCollectStats"),
-        **{"model": model, "tasks": tasks, "latent": empty_latent(batch=batch), "seed": seed, "steps": steps},
-        **{"sampler_name": "euler", "scheduler": "simple", "context": context, "refine": 0, **more},
+        **{"model": model, "tasks": tasks, "seed": seed, "steps": steps, "sampler_name": "euler"},
+        **{"scheduler": "simple", "context": context, "refine": 0, "latent": empty_latent(batch=batch), **more},
     )[0]
 
 
