@@ -13,11 +13,16 @@ Graph = dict[str, dict[str, Any]]
 STEPS = 12
 
 REFERENCE = "LoRAs asked for"  # the one alone, or those that a joint prompt asks for, stacked as a person would
-COLUMNS = ("base", REFERENCE, "plain stack", "stack at 0.7", "SSR merge")
+MERGE, POLISHED = "SSR merge", "polished"
+COLUMNS = ("base", REFERENCE, "plain stack", "stack at 0.7", MERGE, POLISHED)
 
 
-def comparison(rows: Sequence[Row], merged: str) -> tuple[Graph, dict[str, tuple[int, int]]]:
-    """A picture for every row and column, and which node saves which: {node id: (row, column)}."""
+def comparison(rows: Sequence[Row], merged: Mapping[str, str]) -> tuple[Graph, dict[str, tuple[int, int]]]:
+    """A picture for every row and column, and which node saves which: {node id: (row, column)}.
+
+    Args:
+        merged: file by column.
+    """
     graph, models = _models(merged, rows), {}
     for number, row in enumerate(rows):
         graph[f"prompt {number}"] = _node("CLIPTextEncode", clip=["clip", 0], text=row.prompt)
@@ -35,7 +40,9 @@ def comparison(rows: Sequence[Row], merged: str) -> tuple[Graph, dict[str, tuple
     return graph, models
 
 
-def measurement(rows: Sequence[Row], seeds: Sequence[int], merged: str) -> tuple[Graph, dict[str, tuple[str, str]]]:
+def measurement(
+    rows: Sequence[Row], seeds: Sequence[int], merged: Mapping[str, str]
+) -> tuple[Graph, dict[str, tuple[str, str]]]:
     """The velocity error of every column against the LoRAs asked for: {node id: (what is asked for, column)}."""
     graph, measured = _models(merged, rows), {}
     for number, row in enumerate(rows):
@@ -62,14 +69,14 @@ def errors(outputs: Mapping[str, Any], measured: Mapping[str, tuple[str, str]]) 
     return {(asked, column): total / sums[asked, "base"] for (asked, column), total in sums.items()}
 
 
-def _models(merged: str, rows: Sequence[Row]) -> Graph:
+def _models(merged: Mapping[str, str], rows: Sequence[Row]) -> Graph:
     """The loaders, and every model of the comparison."""
     graph = {
         "base": _node("UNETLoader", unet_name="tiny_flux.safetensors", weight_dtype="default"),
         "clip": _node("SSRDemoLoadTinyCLIP", clip_name="tiny_clip.safetensors"),
         "vae": _node("VAELoader", vae_name="taef1"),
         "latent": _node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
-        "SSR merge": _lora(["base", 0], merged, 1.0),
+        **{column: _lora(["base", 0], file, 1.0) for column, file in merged.items()},
     }
     graph |= _stack("plain stack", LORAS, 1.0) | _stack("stack at 0.7", LORAS, 0.7)
     for row in rows:

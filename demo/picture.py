@@ -17,7 +17,7 @@ GRID = Path(__file__).resolve().parents[1] / "nodes" / "pictures" / "grid.py"
 def grid(
     pictures: Mapping[tuple[int, int], Path], prompts: Sequence[str], columns: Sequence[str], highlight: int
 ) -> Image.Image:
-    """The pictures at (row, column), with column `highlight` set off."""
+    """The pictures at (row, column), with the columns from `highlight` on set off."""
     opened = {place: Image.open(path) for place, path in pictures.items()}
     sheet: Image.Image = _grid_of_the_pack().grid(opened, prompts, columns, highlight)
     return sheet

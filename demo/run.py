@@ -31,6 +31,9 @@ OUTPUT = ROOT / "demo" / "output"
 BASE = ROOT / ".cache" / "demo"
 WORKFLOW = ROOT / "workflows" / "tiny-demo.json"
 
+MERGED = {graphs.MERGE: "merged", graphs.POLISHED: "polished"}  # what is left in demo/output, by column
+PREFIXES = {graphs.MERGE: "tiny-demo", graphs.POLISHED: "tiny-demo-polished"}  # as the workflow saves them
+
 MODELS = {
     "diffusion_models": ["tiny_flux.safetensors"],
     "text_encoders": ["tiny_clip.safetensors"],
@@ -40,7 +43,7 @@ MODELS = {
 
 
 def main() -> None:
-    """Merge, compare, and leave comparison.png, errors.txt, report.txt and merged.safetensors in demo/output."""
+    """Merge, polish, compare, and leave comparison.png, errors.txt, report.txt and the LoRAs in demo/output."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI running to play with the workflow")
     arguments = parser.parse_args()
@@ -50,8 +53,8 @@ def main() -> None:
         print(f"ComfyUI runs at http://{server.address}")
         with progress("Merging with workflows/tiny-demo.json") as show:
             merging = server.run(workflow_graph(server), show)
-        merged = merged_name(server)
-        report = report_of(merging)
+        merged = merged_names(server)
+        report = reports_of(merging)
         (OUTPUT / "report.txt").write_text(report + "\n", encoding="utf-8")
         print(f"\n{report}\n")
         with progress("Comparing pictures") as show:
@@ -60,8 +63,10 @@ def main() -> None:
             table = measure(server, merged, show)
         (OUTPUT / "errors.txt").write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}\n")
-        shutil.copy2(BASE / "output" / "loras" / merged, OUTPUT / "merged.safetensors")
-        print(f"Merged LoRA  {OUTPUT / 'merged.safetensors'}")
+        for column, name in merged.items():
+            target = OUTPUT / f"{MERGED[column]}.safetensors"
+            shutil.copy2(BASE / "output" / "loras" / name, target)
+            print(f"{column:<12} {target}")
         print(f"Picture      {OUTPUT / 'comparison.png'}")
         print(f"{time.perf_counter() - started:.0f} s on {platform.processor() or platform.machine()}")
         if arguments.serve:
@@ -115,19 +120,24 @@ def progress(title: str) -> Iterator:
         yield show
 
 
-def merged_name(server: ComfyServer) -> str:
-    """The newest merged file, by the name that Load LoRA lists."""
+def merged_names(server: ComfyServer) -> dict[str, str]:
+    """By column, the newest merged file, by the name that Load LoRA lists."""
     folder = server.base_directory / "output" / "loras"
-    newest = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    return newest.relative_to(folder).as_posix()
+    found = {}
+    for column, prefix in PREFIXES.items():
+        files = folder.glob(f"{prefix}_[0-9]*.safetensors")
+        found[column] = max(files, key=lambda path: path.stat().st_mtime).relative_to(folder).as_posix()
+    return found
 
 
-def report_of(run: Run) -> str:
+def reports_of(run: Run) -> str:
+    """Of the merge, and of polishing it."""
     texts = ["".join(output["text"]) for output in run.outputs.values() if "text" in output]
-    return next(text for text in texts if "plain stack" in text)
+    wanted = [next(text for text in texts if words in text) for words in ("plain stack", "held-out points")]
+    return "\n\n".join(dict.fromkeys(wanted))
 
 
-def draw_comparison(server: ComfyServer, merged: str, show) -> None:
+def draw_comparison(server: ComfyServer, merged: Mapping[str, str], show) -> None:
     rows = [row for row in ROWS if row.is_drawn]
     graph, places = graphs.comparison(rows, merged)
     outputs = server.run(graph, show).outputs
@@ -135,11 +145,11 @@ def draw_comparison(server: ComfyServer, merged: str, show) -> None:
     for node, place in places.items():
         image = outputs[node]["images"][0]
         pictures[place] = server.base_directory / "output" / image["subfolder"] / image["filename"]
-    sheet = picture.grid(pictures, [row.prompt for row in rows], graphs.COLUMNS, graphs.COLUMNS.index("SSR merge"))
+    sheet = picture.grid(pictures, [row.prompt for row in rows], graphs.COLUMNS, graphs.COLUMNS.index(graphs.MERGE))
     sheet.save(OUTPUT / "comparison.png")
 
 
-def measure(server: ComfyServer, merged: str, show) -> str:
+def measure(server: ComfyServer, merged: Mapping[str, str], show) -> str:
     """The table of errors: mean squared velocity difference from the LoRAs asked for, relative to the base model's."""
     graph, measured = graphs.measurement(ROWS, ERROR_SEEDS, merged)
     return error_table(graphs.errors(server.run(graph, show).outputs, measured))

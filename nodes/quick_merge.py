@@ -7,11 +7,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..ssr_core import LoraError, MergeSettings
+from ..ssr_core import DistillationSettings, LoraError, MergeSettings
 from .calibrating.case_prompts import PAIRS, combinations_of
 from .calibrating.collect import collect
 from .calibrating.prompt import encode_lines
 from .calibrating.runs import TOKENS, Sampling
+from .polishing.polish import polish as polished_merge
 from .reading.file_state import state_of
 from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
@@ -84,6 +85,16 @@ class SSRQuickMerge(io.ComfyNode):
                     optional=True,
                     **ADVANCED,
                 ),
+                io.Int.Input(
+                    "polish",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="Steps of SSR Polish, which trains the merge on what its LoRAs do: 25 to 100. It takes far "
+                    "more time and memory. 0: no training.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the merged LoRA."),
@@ -115,6 +126,7 @@ class SSRQuickMerge(io.ComfyNode):
         steps: int = 8,
         rank: int = 0,
         pairs: int = PAIRS,
+        polish: int = 0,
         **chosen: Any,
     ) -> io.NodeOutput:
         tasks = tuple(
@@ -132,6 +144,9 @@ class SSRQuickMerge(io.ComfyNode):
         tell = lambda text: say(cls, text)  # noqa: E731
         stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)
         lora, report = solve(stats, MergeSettings(rank=AUTO if rank < 0 else rank))
+        if polish:
+            polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
+            lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
         return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 
 

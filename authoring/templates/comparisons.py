@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from . import bases
 from .bases import Base
@@ -134,7 +135,7 @@ def speed_lora_in_base_qwen() -> list[Group]:
 
 
 def tiny_demo() -> list[Group]:
-    return _merge_and_compare(
+    groups = _merge_and_compare(
         bases.tiny(),
         (MOCHI, ROBO, SEPIA),
         (
@@ -159,6 +160,24 @@ def tiny_demo() -> list[Group]:
         batch=2,
         bypassed=False,
     )
+    return _with_polish(groups, "tiny-demo", steps=60)
+
+
+def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:
+    """With a group behind the merge, in which it is polished and saved again."""
+    nodes = {
+        node.kind: node for group in groups for _, column in group.columns for node in column if isinstance(node, Node)
+    }
+    model, stats = (nodes["SSRCollectStats"].inputs["model"], nodes["SSRCollectStats"]["stats"])
+    inputs = {"model": model, "stats": stats, "lora": nodes["SSRSolve"]["lora"]}
+    polishing = Node("SSRPolish", None, inputs, values, 560, "merge", room=56)
+    about = note(
+        "Polishing",
+        "**SSR Polish** trains the merge for a minute, with the LoRAs as its teachers. The file is no larger, and lies "
+        "beside the other. The chart shows how far its error falls.",
+    )
+    kept = [report(polishing["report"], "Before and after", 300), save(polishing["lora"], f"{name}-polished"), about]
+    return [*groups, Group("6 Polish", AMBER, [(460, [polishing]), (460, kept)], under=groups[-1])]
 
 
 def _merge_and_compare(

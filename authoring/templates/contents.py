@@ -16,6 +16,7 @@ WORKFLOWS: dict[str, Callable[[], list[Group]]] = {
     "two-experts-wan22": scenarios.wan_two_experts,
     "retune-saved-stats-zimage": scenarios.retune_saved_stats,
     "diagnose-only-flux": scenarios.diagnose_only,
+    "polish-and-save-zimage": scenarios.polish_and_save,
     "save-for-sharing-zimage": scenarios.save_for_sharing,
     "tiny-demo": comparisons.tiny_demo,
 }

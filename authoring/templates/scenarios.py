@@ -11,6 +11,7 @@ from .graph import GAP, TITLE, Group, Node, Source, note, note_height
 from .parts import (
     AMBER,
     ANNA,
+    ANNA_INKWASH,
     BLUE,
     COAT,
     GREEN,
@@ -18,6 +19,7 @@ from .parts import (
     INKWASH,
     PURPLE,
     YOURS,
+    Joint,
     Lora,
     Shot,
     chain,
@@ -89,6 +91,46 @@ def first_steps(
         Group("2 Merge", GREEN, [(420, [quick])]),
         use,
         Group("4 Keep it", AMBER, [(330, kept), (440, [report(quick["report"])])], use),
+    ]
+
+
+def polish_and_save(
+    base: Base | None = None,
+    loras: Sequence[Lora] = (INKWASH, ANNA),
+    joint: Joint = ANNA_INKWASH,
+    shot: Shot = BRIDGE,
+) -> list[Group]:
+    base = base or bases.z_image()
+    columns, tasks = chain(loras, base, [joint])
+    latent, collecting = collect(base, tasks)
+    solving = solve(collecting["stats"], rank=32)
+    inputs = {"model": base.model, "stats": collecting["stats"], "lora": solving["lora"]}
+    polishing = Node("SSRPolish", None, inputs, height=560, room=56, colour="merge")
+    picture_size = size(base)
+    applied = Node("SSRApply", None, {"model": base.model, "lora": polishing["lora"]}, colour="merge")
+    drawn, _ = pictures(base, [shot], applied["model"], picture_size["LATENT"], prefix="polished/picture")
+    start = note(
+        "Start here",
+        "SSR Solve needs no training, and leaves an error. **SSR Polish** takes most of the rest off: it trains the "
+        "merge for some steps, with the LoRAs themselves as its teachers. It needs no pictures.",
+        "Choose your models here and your LoRAs at the right.",
+    )
+    about = note(
+        "Polishing",
+        "It takes the time of some thousand sampling steps and several times the memory of sampling: a card on which a "
+        "LoRA can be trained for this model will do. With 25 steps most of it is done.",
+        "Set *rank* in **SSR Solve** first: the file keeps that size. The chart shows the error on noise that it does "
+        "not learn from; what is kept is where that was the smallest.",
+    )
+    keep = save(polishing["lora"], "polished")
+    use = Group("5 Use it", PURPLE, [(270, [applied, picture_size, keep]), (300, drawn.texts)])
+    use.columns = [*use.columns, (270, drawn.samplers), (390, drawn.images)]
+    return [
+        Group("1 Models", BLUE, [(330, [start, *base.nodes])]),
+        Group("2 LoRAs and prompts", GREEN, with_note(columns, EXAMPLES)),
+        Group("3 Merge", AMBER, [(340, [latent, collecting, solving]), (460, [report(solving["report"])])]),
+        Group("4 Polish", AMBER, [(460, [polishing]), (400, [report(polishing["report"], "Before and after"), about])]),
+        use,
     ]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,7 @@ class nodes:
     diffusion_model, runs = _part("nodes.calibrating.diffusion_model"), _part("nodes.calibrating.runs")
     case_prompts, prompt = _part("nodes.calibrating.case_prompts"), _part("nodes.calibrating.prompt")
     combination, patches = _part("nodes.reading.combination"), _part("nodes.reading.patches")
-    task = _part("nodes.reading.task")
+    task, points = _part("nodes.reading.task"), _part("nodes.polishing.points")
 
 
 ssr_core = _part("ssr_core")
@@ -60,8 +60,39 @@ def collect(
         asked: combinations, with prompts of their own.
         pairs: where there are none, how many prompts of each pair of LoRAs are made of their own.
     """
-    sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
-    cases = nodes.case_prompts.cases_of(tasks, asked, pairs)
-    runs = nodes.runs.plan(cases, sampling, CONTEXT, nodes.runs.REFINE)
+    runs = _runs(tasks, steps, asked, pairs, CONTEXT, nodes.runs.REFINE)
     ignore = lambda _: None  # noqa: E731
     return nodes.diffusion_model.calibrate(patcher, loaded, runs, LATENT, CONTEXT, ignore, ignore)[0]
+
+
+def polish(
+    patcher: Any,
+    tasks: Sequence[Any],
+    loaded: Sequence[Any],
+    steps: int,
+    starts: Sequence[tuple[Any, Sequence[int]]],
+    asked: Sequence[Any] = (),
+    pairs: int = PAIRS,
+) -> Iterator[Any]:
+    """What SSR Polish makes of merges of the same calibration, with its defaults.
+
+    Args:
+        starts: updates by site, and for how many steps each of them is polished.
+    """
+    runs = [(run, LATENT) for run in _runs(tasks, steps, asked, pairs)]
+    modules = {site.module for site in starts[0][0]}
+    lesson = nodes.points.record(patcher, loaded, modules, runs, lambda x0: None, lambda number, total: None)
+    weights = _part("ssr_core.solve.weights").case_weights(lesson.cases, [1.0] * len(tasks))
+    for updates, amounts in starts:
+        for amount in amounts:
+            yield ssr_core.distil(
+                *(patcher.model, patcher.model.diffusion_model, updates, lesson.points, lesson.held_out),
+                *(patcher.load_device, weights, ssr_core.DistillationSettings(amount)),
+            ).updates
+
+
+def _runs(
+    tasks: Sequence[Any], steps: int, asked: Sequence[Any], pairs: int, context: int = 0, refine: int = 0
+) -> Sequence[Any]:
+    sampling = nodes.runs.Sampling(0, steps, "euler", "simple")
+    return nodes.runs.plan(nodes.case_prompts.cases_of(tasks, asked, pairs), sampling, context, refine)

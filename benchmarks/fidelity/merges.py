@@ -34,20 +34,40 @@ def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]
     }
 
 
-def calibrated(bed: Testbed, names: Sequence[str], steps: int, prompts: int) -> dict[str, Deltas]:
-    """RegMean and IterIS, the paper's settings, and ours, all from the same number of points of each LoRA."""
+def calibrated(
+    bed: Testbed, names: Sequence[str], steps: int, prompts: int, polish: Sequence[int] = ()
+) -> dict[str, Deltas]:
+    """RegMean and IterIS, the paper's settings, and ours, all from the same number of points of each LoRA.
+
+    Args:
+        polish: for how many steps ours are polished.
+    """
     alone = statistics(bed, names, steps, prompts, pairs=0)
     ours = statistics(bed, names, steps, prompts)
     own = statistics(bed, names, steps, prompts, own=4) if bed.combinations(names) else ours
-    size = bed.rank(names)
+    size = host.ssr_core.MergeSettings(rank=bed.rank(names))
     return {
         **rivals.fitted(bed, names, steps, prompts),
         "paper": merged(without_context(alone), host.ssr_core.MergeSettings.PAPER),
         "ours, no pairs": merged(alone),
         "ours": merged(ours),
         "ours, own lines": merged(own),
-        "ours, size of one": merged(ours, host.ssr_core.MergeSettings(rank=size)),
+        "ours, size of one": merged(ours, size),
+        **(polished(bed, names, steps, prompts, ours, size, polish) if polish else {}),
     }
+
+
+def polished(
+    bed: Testbed, names: Sequence[str], steps: int, prompts: int, ours: Any, size: Any, amounts: Sequence[int]
+) -> dict[str, Deltas]:
+    """The defaults after SSR Polish, at the size of one LoRA, and whole at the middle one of the amounts."""
+    tasks = [bed.task(name, prompts) for name in names]
+    loaded = [bed.loaded(task) for task in tasks]
+    merge, middle = host.ssr_core.merge, sorted(amounts)[len(amounts) // 2]
+    starts = [(merge(ours, size).updates, amounts), (merge(ours).updates, (middle,))]
+    ways = [*(f"size of one, polished {amount}" for amount in amounts), f"ours, polished {middle}"]
+    found = host.polish(bed.patcher, tasks, loaded, steps, starts)
+    return {way: dense(updates) for way, updates in zip(ways, found, strict=True)}
 
 
 def statistics(

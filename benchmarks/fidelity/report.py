@@ -11,7 +11,8 @@ from statistics import fmean
 FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD", "KnOTS", "WUDI", "NP-LoRA")
 RIVALS = ("RegMean", "IterIS start", "IterIS", "paper")
 OURS = ("ours, no pairs", "ours", "ours, own lines", "ours, size of one")
-CALIBRATED = (*RIVALS, *OURS)
+POLISHED = ("size of one, polished 25", "size of one, polished 100", "size of one, polished 300", "ours, polished 100")
+CALIBRATED = (*RIVALS, *OURS, *POLISHED)
 STACKS = FREE[:3]
 ASKS = {
     "singles": "Prompts for one LoRA, mean over the LoRAs of a subset; 0 = this LoRA alone",
@@ -54,6 +55,10 @@ def budgets(rows: Rows) -> list[tuple[int, int]]:
     return sorted({(row["steps"], row["prompts"]) for row in rows if row["steps"]})
 
 
+def _is_there(rows: Rows, way: str) -> bool:
+    return any(row["way"] == way for row in rows)
+
+
 def _kind(row: dict) -> str:
     return "joint" if "+" in row["ask"] else "singles"
 
@@ -74,7 +79,7 @@ def _means(rows: Rows, kind: str, asked: str, chosen: Sequence[tuple[int, int]])
         return f"{fmean(error(rows, kind, s, way, budget, asked) for s in _subsets(rows, asked)):.3f}"
 
     free = [[way, *[mean(way, chosen[0])] * len(chosen)] for way in FREE]
-    body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in CALIBRATED]
+    body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in CALIBRATED if _is_there(rows, way)]
     return _table(["steps x prompts", *map(_name, chosen)], body)
 
 
@@ -88,8 +93,22 @@ def _ratios(rows: Rows) -> str:
         ("singles, {} / paper", both[:1], "ours, size of one", ["paper"], singles),
         ("singles, {} / best plain stack", both[:1], "ours", STACKS, singles),
         ("singles, {} / best of all others", both[:1], "ours", others, singles),
-        *(("joint, three or more LoRAs, {} / best of all others", both[1:], way, others, many) for way in OURS),
-        *(("mean of singles and joint, {} / best of all others", both, way, others, joint) for way in OURS),
+        *(
+            (f"{kind}, {{}} / {rival}", (kind,), way, [rival], singles if kind == "singles" else many)
+            for kind in ASKS
+            for way, rival in (("size of one, polished 100", "ours, size of one"), ("ours, polished 100", "ours"))
+        ),
+        ("singles, {} / paper", both[:1], "size of one, polished 100", ["paper"], singles),
+        ("singles, {} / best plain stack", both[:1], "size of one, polished 100", STACKS, singles),
+        ("singles, {} / best plain stack", both[:1], "ours, polished 100", STACKS, singles),
+        *(
+            ("joint, three or more LoRAs, {} / best of all others", both[1:], way, others, many)
+            for way in (*OURS, *POLISHED)
+        ),
+        *(
+            ("mean of singles and joint, {} / best of all others", both, way, others, joint)
+            for way in (*OURS, *POLISHED)
+        ),
     ]
 
     def figure(
@@ -104,17 +123,19 @@ def _ratios(rows: Rows) -> str:
     body = [
         [label.format(way), *(figure(asked, way, rivals, subsets, b) for b in budgets(rows))]
         for label, asked, way, rivals, subsets in wanted
+        if _is_there(rows, way)
     ]
     return _table(["velocity", *map(_name, budgets(rows))], body)
 
 
 def _every(rows: Rows, asked: str) -> str:
+    ways = [way for way in (*FREE, *CALIBRATED) if _is_there(rows, way)]
     body = [
-        [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b, asked):.3f}" for way in (*FREE, *CALIBRATED))]
+        [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b, asked):.3f}" for way in ways)]
         for subset in _subsets(rows, asked)
         for b in budgets(rows)
     ]
-    return _table(["LoRAs", "steps x prompts", *FREE, *CALIBRATED], body)
+    return _table(["LoRAs", "steps x prompts", *ways], body)
 
 
 def plot(about: str, rows: Rows, target: Path) -> None:

@@ -60,12 +60,14 @@ def testbed(width: int) -> Testbed:
     return Testbed(width)
 
 
-def run(width: int, budgets: Sequence[Budget], images: bool, subset: tuple[str, ...]) -> list[dict]:
+def run(
+    width: int, budgets: Sequence[Budget], images: bool, polish: Sequence[int], subset: tuple[str, ...]
+) -> list[dict]:
     """All that is measured of one subset; images, which take as long as all else, at the last budget only."""
     started, bed = time.perf_counter(), testbed(width)
     rows = measured(bed, subset, merges.without_calibration(bed, subset), (0, 0), images)
     for budget in budgets:
-        ways = merges.calibrated(bed, subset, *budget)
+        ways = merges.calibrated(bed, subset, *budget, polish)
         rows += measured(bed, subset, ways, budget, images and budget == budgets[-1])
     sys.stderr.write(f"{' + '.join(subset)}: {time.perf_counter() - started:.0f} s\n")
     return rows
@@ -90,6 +92,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=int, help="only subsets of so many LoRAs")
     parser.add_argument("--budgets", nargs="*", type=budget_of, default=BUDGETS, help="steps x prompts, such as 4x4")
     parser.add_argument("--no-images", dest="images", action="store_false", help="velocities only, twice as fast")
+    parser.add_argument(
+        "--polish", nargs="*", type=int, default=(25, 100, 300), help="for so many steps; longest of all"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes; small models want one thread each")
     parser.add_argument("--out", type=Path, default=host.ROOT / ".cache" / "fidelity" / "results")
     args = parser.parse_args()
@@ -97,7 +102,7 @@ def main() -> None:
     names = [name for name in SETS[args.set] if not args.loras or name in args.loras]
     started = time.perf_counter()
     chosen = [subset for subset in subsets(names) if not args.sizes or len(subset) in args.sizes]
-    measure = partial(run, args.width, args.budgets, args.images)
+    measure = partial(run, args.width, args.budgets, args.images, args.polish)
     args.out.mkdir(parents=True, exist_ok=True)
     target, rows = args.out / f"{args.width}-{args.set}", []
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:

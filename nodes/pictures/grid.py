@@ -45,7 +45,7 @@ def grid(
     highlight: int,
     cell: int = 192,
 ) -> Image.Image:
-    """The pictures at (row, column), at most `cell` wide and high, with column `highlight` set off."""
+    """The pictures at (row, column), at most `cell` wide and high, with the columns from `highlight` on set off."""
     first = next(iter(pictures.values()))
     scale = cell / max(first.size)
     at = Layout(max(1, round(first.width * scale)), max(1, round(first.height * scale)))
@@ -56,10 +56,10 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     half = at.gap // 2
     draw.rectangle(
-        (at.left(highlight) - half, half, at.left(highlight) + at.width + half - 1, bottom - half), fill=TINT
+        (at.left(highlight) - half, half, at.left(len(columns) - 1) + at.width + half - 1, bottom - half), fill=TINT
     )
     for column, heading in enumerate(headings):
-        colour = ACCENT if column == highlight else INK
+        colour = ACCENT if column >= highlight else INK
         heading.draw(draw, (at.left(column) + at.width / 2, head / 2), "mm", colour)
     for row, prompt in enumerate(rows):
         top = head + row * (at.height + at.gap)

@@ -9,6 +9,7 @@ from demo.scenes import CAT, LORAS, ROBOT, ROWS
 from demo.scenes import SEPIA as STYLE
 
 SEEDS = (1, 2)
+MERGED = {graphs.MERGE: "merged.safetensors", graphs.POLISHED: "polished.safetensors"}
 
 
 def loaded(graph: graphs.Graph, node: str) -> list[tuple[str, float]]:
@@ -23,7 +24,7 @@ def loaded(graph: graphs.Graph, node: str) -> list[tuple[str, float]]:
 
 @pytest.fixture
 def measurement() -> tuple[graphs.Graph, dict[str, tuple[str, str]]]:
-    return graphs.measurement(ROWS, SEEDS, "merged.safetensors")
+    return graphs.measurement(ROWS, SEEDS, MERGED)
 
 
 def test_the_demo_asks_for_each_lora_by_itself_and_for_both_characters_in_the_style():
@@ -42,7 +43,7 @@ def test_every_row_is_judged_against_the_loras_it_asks_for_stacked_as_load_lora_
         assert loaded(graph, inputs["reference"][0]) == [(lora, 1.0) for lora in asked[what]]
         stacks = {"plain stack": 1.0, "stack at 0.7": 0.7}
         wanted = {name: [(lora, strength) for lora in LORAS] for name, strength in stacks.items()}
-        wanted |= {"base": [], "SSR merge": [("merged.safetensors", 1.0)]}
+        wanted |= {"base": [], **{name: [(file, 1.0)] for name, file in MERGED.items()}}
         assert loaded(graph, inputs["model"][0]) == wanted[column]
         assert inputs["reference"] != inputs["model"]
 
@@ -52,7 +53,7 @@ def test_every_row_is_measured_with_every_seed_in_every_column_but_that_of_the_r
 
 
 def test_the_picture_shows_the_loras_asked_for_beside_the_rest():
-    graph, places = graphs.comparison(ROWS, "merged.safetensors")
+    graph, places = graphs.comparison(ROWS, MERGED)
     assert set(places.values()) == {(row, column) for row in range(len(ROWS)) for column in range(len(graphs.COLUMNS))}
     at = graphs.COLUMNS.index(graphs.REFERENCE)
     for number, row in enumerate(ROWS):
@@ -64,7 +65,7 @@ def test_the_table_has_a_line_for_each_thing_asked_for_and_keeps_the_mean_of_sin
     figures = {row.asked: 0.1 if len(row.loras) == 1 else 0.4 for row in ROWS}
     found = {(asked, column): figure for asked, figure in figures.items() for column in graphs.COLUMNS}
     lines = error_table(found).splitlines()[2:]
-    told = {line[:-60].strip(): line.split()[-1] for line in lines}
+    told = {line[:-75].strip(): line.split()[-1] for line in lines}
     assert told == {
         **{"mochi_cat": "0.100", "robo_robot": "0.100", "sepia_style": "0.100", "mean, one at a time": "0.100"},
         **{"mochi_cat + sepia_style": "0.400", "robo_robot + sepia_style": "0.400", "mean, two at once": "0.400"},

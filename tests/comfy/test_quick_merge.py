@@ -176,3 +176,13 @@ def test_lines_of_combinations_go_along_with_a_stack(clip, files):
         **{"lora_stack": stack, "clip": clip, "prompts": "a cat\n\na house", "combinations": "all: a cat, a house"},
     )
     assert [getattr(one, "which", "") for one in tasks] == ["", "", "all"]
+
+
+def test_it_can_polish_the_merge(model, clip, files):
+    """As SSR Polish does, and nothing is trained unless asked for."""
+    plain = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))
+    polished = quick(model, clip, polish=2, **chosen("cat.safetensors", "house.safetensors"))
+    assert "ssr.polish" not in plain[2].metadata and "Polished" not in plain[3]
+    assert "ssr.polish" in polished[2].metadata and "Polished: Error on held-out points" in polished[3]
+    key = next(key for key in plain[2] if key.startswith("diffusion_model") and "lora_A" in key)
+    assert plain[2][key].shape == polished[2][key].shape and not torch.equal(plain[2][key], polished[2][key])
