@@ -11,8 +11,7 @@ from statistics import fmean
 FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD", "KnOTS", "WUDI", "NP-LoRA")
 RIVALS = ("RegMean", "IterIS start", "IterIS", "paper")
 OURS = ("ours, no pairs", "ours", "ours, own lines", "ours, size of one")
-POLISHED = ("size of one, polished 25", "size of one, polished 100", "size of one, polished 300", "ours, polished 100")
-CALIBRATED = (*RIVALS, *OURS, *POLISHED)
+WHOLE, SMALL = "ours", "ours, size of one"  # what was polished
 STACKS = FREE[:3]
 ASKS = {
     "singles": "Prompts for one LoRA, mean over the LoRAs of a subset; 0 = this LoRA alone",
@@ -55,8 +54,12 @@ def budgets(rows: Rows) -> list[tuple[int, int]]:
     return sorted({(row["steps"], row["prompts"]) for row in rows if row["steps"]})
 
 
-def _is_there(rows: Rows, way: str) -> bool:
-    return any(row["way"] == way for row in rows)
+def _calibrated(rows: Rows) -> tuple[str, ...]:
+    return (*RIVALS, *OURS, *_polished(rows))
+
+
+def _polished(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["way"] for row in rows if "polished" in row["way"]))
 
 
 def _kind(row: dict) -> str:
@@ -79,7 +82,7 @@ def _means(rows: Rows, kind: str, asked: str, chosen: Sequence[tuple[int, int]])
         return f"{fmean(error(rows, kind, s, way, budget, asked) for s in _subsets(rows, asked)):.3f}"
 
     free = [[way, *[mean(way, chosen[0])] * len(chosen)] for way in FREE]
-    body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in CALIBRATED if _is_there(rows, way)]
+    body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in _calibrated(rows)]
     return _table(["steps x prompts", *map(_name, chosen)], body)
 
 
@@ -88,6 +91,7 @@ def _ratios(rows: Rows) -> str:
     singles, joint = _subsets(rows), _subsets(rows, "joint")
     many = [subset for subset in joint if subset.count("+") > 1]
     others, both = (*FREE, *RIVALS), ("singles", "joint")
+    polished = _polished(rows)
     wanted: list[tuple[str, Sequence[str], str, Sequence[str], list[str]]] = [
         ("singles, {} / paper", both[:1], "ours", ["paper"], singles),
         ("singles, {} / paper", both[:1], "ours, size of one", ["paper"], singles),
@@ -96,18 +100,17 @@ def _ratios(rows: Rows) -> str:
         *(
             (f"{kind}, {{}} / {rival}", (kind,), way, [rival], singles if kind == "singles" else many)
             for kind in ASKS
-            for way, rival in (("size of one, polished 100", "ours, size of one"), ("ours, polished 100", "ours"))
+            for way, rival in ((way, WHOLE if way.startswith(WHOLE) else SMALL) for way in polished)
         ),
-        ("singles, {} / paper", both[:1], "size of one, polished 100", ["paper"], singles),
-        ("singles, {} / best plain stack", both[:1], "size of one, polished 100", STACKS, singles),
-        ("singles, {} / best plain stack", both[:1], "ours, polished 100", STACKS, singles),
+        *(("singles, {} / paper", both[:1], way, ["paper"], singles) for way in polished),
+        *(("singles, {} / best plain stack", both[:1], way, STACKS, singles) for way in polished),
         *(
             ("joint, three or more LoRAs, {} / best of all others", both[1:], way, others, many)
-            for way in (*OURS, *POLISHED)
+            for way in (*OURS, *polished)
         ),
         *(
             ("mean of singles and joint, {} / best of all others", both, way, others, joint)
-            for way in (*OURS, *POLISHED)
+            for way in (*OURS, *polished)
         ),
     ]
 
@@ -123,13 +126,12 @@ def _ratios(rows: Rows) -> str:
     body = [
         [label.format(way), *(figure(asked, way, rivals, subsets, b) for b in budgets(rows))]
         for label, asked, way, rivals, subsets in wanted
-        if _is_there(rows, way)
     ]
     return _table(["velocity", *map(_name, budgets(rows))], body)
 
 
 def _every(rows: Rows, asked: str) -> str:
-    ways = [way for way in (*FREE, *CALIBRATED) if _is_there(rows, way)]
+    ways = (*FREE, *_calibrated(rows))
     body = [
         [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b, asked):.3f}" for way in ways)]
         for subset in _subsets(rows, asked)
@@ -150,8 +152,10 @@ def plot(about: str, rows: Rows, target: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained", sharey=True)
     for axis, asked in zip(axes, ASKS, strict=True):
         subsets = _subsets(rows, asked)
-        errors = {way: fmean(error(rows, kind, s, way, last, asked) for s in subsets) for way in (*FREE, *CALIBRATED)}
-        colours = ["tab:orange" if way in OURS else "tab:blue" for way in errors]
+        errors = {
+            way: fmean(error(rows, kind, s, way, last, asked) for s in subsets) for way in (*FREE, *_calibrated(rows))
+        }
+        colours = ["tab:orange" if way in (*OURS, *_polished(rows)) else "tab:blue" for way in errors]
         axis.barh(list(errors), list(errors.values()), color=colours)
         axis.axvline(1, color="grey", lw=0.5)
         axis.set(title=f"{asked}: {kind} error, calibrated with {_name(last)}")
