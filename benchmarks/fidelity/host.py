@@ -82,12 +82,11 @@ def polish(
     runs = [(run, LATENT) for run in _runs(tasks, steps, asked, pairs)]
     modules = {site.module for site in starts[0][0]}
     lesson = nodes.points.record(patcher, loaded, modules, runs, lambda x0: None, lambda number, total: None)
-    weights = _part("ssr_core.solve.weights").case_weights(lesson.cases, [1.0] * len(tasks))
     for updates, amounts in starts:
         for amount in amounts:
             yield ssr_core.distil(
                 *(patcher.model, patcher.model.diffusion_model, updates, lesson.points, lesson.held_out),
-                *(patcher.load_device, weights, ssr_core.DistillationSettings(amount)),
+                *(patcher.load_device, lesson.cases, ssr_core.DistillationSettings(amount)),
             ).updates
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...ssr_core import Branch, Case, Point, PointRecorder
 from ..calibrating.diffusion_model import prepared
-from ..calibrating.runs import Run
+from ..calibrating.runs import REFINE_STEPS, Run
 from ..calibrating.sampling import OnStep, begin, sample
 from ..reading.loaded_lora import LoadedLora
 
 LEARNT, JUDGED = 1000, 2000  # added to the calibration's seed: the same prompts from other noise are further points
+FEWEST = 32  # points of each case to learn from, however briefly it was measured
+STEPS = 8  # where it was measured at so few that most noise levels were never seen
 KEPT = 4  # held-out points of each case
 
 
@@ -70,9 +72,8 @@ def record(
     for number, (run, latent) in enumerate(runs):
         on_run(number, len(runs))
         speaking = [loaded[task] for task in run.case.case.speakers]
-        for kind, found in points.items():
-            one = run if kind == LEARNT else replace(run, prompts=run.prompts[len(run.prompts) // 2 :][:1])
-            one = replace(one, sampling=replace(one.sampling, seed=one.sampling.seed_of(kind)))
+        for kind, one in _noised(run):
+            found = points[kind]
             recorder = PointRecorder(cases.index(run.case.case))
             teacher = Teacher(speaking, modules, recorder)
             begun = begin(patcher, one, dict(latent), on_step, before) if one.unseen else ()
@@ -84,4 +85,16 @@ def record(
 
 def steps_of(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> int:
     """How many sampling steps `record` takes."""
-    return sum((run.steps + run.unseen) * (len(run.prompts) + 1) // len(run.prompts) for run, _ in runs)
+    return sum(one.steps + one.unseen for run, _ in runs for _, one in _noised(run))
+
+
+def _noised(run: Run) -> Iterator[tuple[int, Run]]:
+    """What is sampled of one case, and whether it is learnt from or judged by: once more all of it, or more often."""
+    sampling = run.sampling
+    if sampling.seen == sampling.steps < REFINE_STEPS:
+        sampling = replace(sampling, steps=STEPS)
+    for again in range(-(-FEWEST // (len(run.prompts) * sampling.seen))):
+        seed = sampling.seed_of(LEARNT + again * len(run.prompts))  # each prompt has the next one
+        yield LEARNT, replace(run, sampling=replace(sampling, seed=seed))
+    middle = run.prompts[len(run.prompts) // 2 :][:1]
+    yield JUDGED, replace(run, sampling=replace(sampling, seed=sampling.seed_of(JUDGED)), prompts=middle)

@@ -23,7 +23,6 @@ from ...ssr_core import (
     distil,
 )
 from ...ssr_core.files.lora_file import to_state_dict
-from ...ssr_core.solve.weights import case_weights
 from ..calibrating.progress import show_steps
 from ..calibrating.runs import Run
 from ..calibrating.stats import Stats
@@ -82,12 +81,11 @@ def polish(
     )
     patcher = model.clone()
     patcher.add_patches(dict(merged.patches), 1.0)
-    weights = case_weights(lesson.cases, [1.0] * len(loras))
     watch = _Watch(tell, settings, bar, sampled)
     with watch.interruptible(), in_training(patcher, 0) as network:
         distilled = distil(
             *(network, network.diffusion_model, merged.updates, lesson.points, lesson.held_out, patcher.load_device),
-            *(weights, settings, watch.on_point, watch.on_evaluation),
+            *(lesson.cases, settings, watch.on_point, watch.on_evaluation),
         )
     seconds = time.perf_counter() - started
     report = _report(distilled, lesson, stats, settings, seconds)

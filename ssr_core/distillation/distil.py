@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import SolveError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
+from ..solve.weights import case_weights
+from ..statistics.case import Case, singles
 from .branch import Branch
 from .factors import Learning
 from .frozen import frozen
@@ -77,7 +79,7 @@ def distil(
     points: Sequence[Point],
     held_out: Sequence[Point],
     device: torch.device,
-    weights: Sequence[float] = (),
+    cases: Sequence[Case] = (),
     settings: DistillationSettings | None = None,
     on_point: Callable[[int, int], None] = lambda done, total: None,
     on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None,
@@ -89,7 +91,7 @@ def distil(
         network: the part of it whose calls the points are.
         held_out: points that are not learnt from: they decide which step is kept.
         device: where the model computes.
-        weights: (C,) how much each case counts; given empty, all count the same.
+        cases: (C,) who speaks in each; given empty, each LoRA by itself.
         on_point: called after each point with how many are done. What it raises ends everything, and the model is as
             it was.
 
@@ -102,7 +104,7 @@ def distil(
         raise SolveError("The merge holds values that are not finite, so there is nothing to begin at.")
     settings = settings or DistillationSettings()
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
-        judge = _Judge(network, held_out, device, weights)
+        judge = _Judge(network, held_out, device, cases or singles(1 + max(point.case for point in held_out)))
         student = _Student(updates, network, device, settings, judge.shares(points))
         with student.attached(model):
             return _learn(student, judge, points, settings, on_point, on_evaluation)
@@ -188,11 +190,12 @@ class _Judge:
     """The held-out points."""
 
     def __init__(
-        self, network: nn.Module, held_out: Sequence[Point], device: torch.device, weights: Sequence[float]
+        self, network: nn.Module, held_out: Sequence[Point], device: torch.device, cases: Sequence[Case]
     ) -> None:
         """The model has no LoRA on it yet: what it answers is how far each case's LoRAs move it."""
-        self._network, self._points, self._device = network, held_out, device
-        self._weights = torch.tensor(weights or [1.0] * (1 + max(point.case for point in held_out))).double()
+        self._network, self._points, self._device, self._cases = network, held_out, device, cases
+        loras = 1 + max((task for case in cases for task in case.speakers), default=0)
+        self._weights = torch.tensor(case_weights(cases, [1.0] * loras), dtype=torch.float64)
         found = self._means()
         there = found > 0
         # silence, or LoRAs at strength 0, have no effect of their own
@@ -209,10 +212,21 @@ class _Judge:
         counts = torch.zeros_like(self._weights)
         for point in points:
             counts[point.case] += 1
-        shares: list[float] = (
-            self._weights / self._weights.sum() / self._effects * len(points) / counts.clamp_min(1)
-        ).tolist()
+        units = self._weights.sum() * self._units() * counts.clamp_min(1) / len(points)
+        shares: list[float] = (self._weights / units).tolist()
         return shares
+
+    def _units(self) -> Tensor:
+        """(C,) what an error is large or small beside: a combination's, the effect of the weakest LoRA in it.
+
+        A style writes all over the picture; beside its effect, a face that is gone is a small error.
+        """
+        alone = {case.speakers[0]: self._effects[at] for at, case in enumerate(self._cases) if len(case.speakers) == 1}
+        units = self._effects.clone()
+        for at, case in enumerate(self._cases):
+            for effect in (alone[task] for task in case.speakers if task in alone):
+                units[at] = torch.minimum(units[at], effect)
+        return units
 
     @torch.no_grad()
     def _means(self) -> Tensor:

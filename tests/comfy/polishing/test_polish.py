@@ -166,7 +166,8 @@ def test_statistics_that_were_added_are_polished_on_the_prompts_of_both(model, t
     second = collect(model, *(replace(one, conditioning=conditioning(7)) for one in tasks[::-1]), steps=3, like=first)
     added = execute(node("add_stats.SSRAddStats"), stats_a=first, stats_b=second)[0]
     report = polish(model, added, solve(added)[0], steps=2)[1]
-    assert "10 points to learn from" in report
+    # 32 at least of each run: at two steps, which show little, four times at eight; at three eleven times
+    assert f"{2 * 32 + 2 * 33} points to learn from" in report
 
 
 def test_parts_that_are_not_routed_stay(model):

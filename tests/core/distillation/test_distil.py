@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ssr_core import Branch, DistillationSettings, Lora, PointRecorder, SolveError, distil
+from ssr_core import Branch, Case, DistillationSettings, Lora, PointRecorder, SolveError, distil
 from ssr_core.lora.low_rank_update import concatenate
 from synthetic import dense, random, random_lora
 
 CPU = torch.device("cpu")
+CASES = (Case((0,)), Case((1,)), Case((0, 1)))
 
 
 class Network(nn.Module):
@@ -53,12 +54,12 @@ def distilled(network=None, steps=20, **given):
     network = network or Network()
     of = loras(network)
     settings = DistillationSettings(steps=steps, batch=4, **given)
-    return distil(network, network, stack(of), points(network, of), points(network, of, 1, 2), CPU, (), settings)
+    return distil(network, network, stack(of), points(network, of), points(network, of, 1, 2), CPU, CASES, settings)
 
 
 def test_the_error_falls_and_what_is_kept_is_where_it_was_smallest():
     found = distilled()
-    assert found.start.step == 0 and found.best.error < 0.5 * found.start.error
+    assert found.start.step == 0 and found.best.error < 0.65 * found.start.error
     assert found.best.error == min(one.error for one in found.history)
     assert all(after < before for before, after in zip(found.start.cases[:2], found.best.cases[:2], strict=True))
 
@@ -70,21 +71,24 @@ def test_errors_are_relative_to_what_the_loras_change():
     once = DistillationSettings(steps=1, learning_rate=1e-9)
     held_out = points(network, of, 1)
     for number, one in enumerate(of):
-        found = distil(network, network, one.updates, points(network, of), held_out, CPU, (), once)
+        found = distil(network, network, one.updates, points(network, of), held_out, CPU, CASES, once)
         assert found.start.cases[number] < 1e-6 < found.start.cases[1 - number]
     nothing = {site: update.scaled(0.0) for site, update in of[0].updates.items()}
-    found = distil(network, network, nothing, points(network, of), held_out, CPU, (), once)
+    found = distil(network, network, nothing, points(network, of), held_out, CPU, CASES, once)
     assert found.start.cases == pytest.approx([1, 1, 1])
 
 
-def test_the_weights_say_which_case_counts():
+def test_an_error_of_a_combination_counts_beside_the_effect_of_its_weakest_lora():
+    """A style that changes all of a picture leaves no room for a face, if only the whole counts."""
     network = Network()
     of = loras(network)
+    of[1] = of[1].with_strength(8.0)
     given = (points(network, of), points(network, of, 1, 2), CPU)
-    settings = DistillationSettings(steps=20, batch=4)
-    cat = distil(network, network, stack(of), *given, (1.0, 0.01, 0.01), settings)
-    dog = distil(network, network, stack(of), *given, (0.01, 1.0, 0.01), settings)
-    assert cat.best.cases[0] < dog.best.cases[0] and dog.best.cases[1] < cat.best.cases[1]
+    start = {site: update.scaled(0.5) for site, update in stack(of).items()}
+    settings = DistillationSettings(steps=30, batch=4)
+    knowing = distil(network, network, start, *given, CASES, settings)
+    not_knowing = distil(network, network, start, *given, (Case((0,)), Case((1,)), Case((2, 3))), settings)
+    assert knowing.best.cases[2] < not_knowing.best.cases[2]
 
 
 def test_a_case_without_an_effect_counts_as_the_others_do():
@@ -97,7 +101,7 @@ def test_a_case_without_an_effect_counts_as_the_others_do():
     silent = recorder.points
     settings = DistillationSettings(steps=30, batch=4)
     given = (points(network, of) + 6 * silent, points(network, of, 1, 2) + silent, CPU)
-    found = distil(network, network, stack(of), *given, (), settings)
+    found = distil(network, network, stack(of), *given, (*CASES, Case(())), settings)
     assert 0 < found.best.cases[3] < 0.5 * found.start.cases[3] < math.inf
 
 
@@ -110,7 +114,7 @@ def test_the_same_seed_gives_the_same():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_in_other_precisions(dtype):
     found = distilled(Network(dtype))
-    assert found.best.error < 0.6 * found.start.error
+    assert found.best.error < 0.65 * found.start.error
     assert all(update.down.dtype == torch.float32 for update in found.updates.values())
 
 
@@ -151,7 +155,7 @@ def test_progress_is_told_point_by_point_and_evaluation_by_evaluation():
     settings = DistillationSettings(steps=7, batch=3, evaluations=3)
     kept = points(network, of)
     distil(
-        *(network, network, stack(of), kept, kept, CPU, (), settings),
+        *(network, network, stack(of), kept, kept, CPU, CASES, settings),
         *(lambda number, total: done.append((number, total)), lambda one: steps.append(one.step)),
     )
     assert done == [(number, 21) for number in range(1, 22)]
@@ -161,7 +165,7 @@ def test_progress_is_told_point_by_point_and_evaluation_by_evaluation():
 def test_it_runs_where_everything_else_runs_under_inference_mode():
     with torch.inference_mode():
         found = distilled()
-    assert found.best.error < 0.5 * found.start.error
+    assert found.best.error < 0.65 * found.start.error
 
 
 def test_bad_input():
