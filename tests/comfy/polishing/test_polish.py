@@ -97,7 +97,7 @@ def test_every_family(family, monkeypatch):
         for seed, file in enumerate(files, 1)
     ]
     stats = collect(model, *tasks, steps=1, latent=kind.latent())
-    lora, report, _ = polish(model, stats, solve(stats)[0], steps=3, batch=2)
+    lora, report, _ = polish(model, stats, solve(stats)[0], steps=10, batch=4)
     before, after = json.loads(lora.metadata["ssr.polish"])["error"]
     assert after < before, report
     assert hooks(model) == 0
@@ -105,7 +105,7 @@ def test_every_family(family, monkeypatch):
     import ssr_pack.ssr_core.distillation.frozen as frozen
 
     monkeypatch.setattr(frozen, "blocks_of", lambda model: [])  # all in memory, as autograd does by itself
-    plain = polish(model, stats, solve(stats)[0], steps=3, batch=2)[0]
+    plain = polish(model, stats, solve(stats)[0], steps=10, batch=4)[0]
     assert all(relative(lora[key], plain[key]) < 1e-3 for key in plain)
 
 
