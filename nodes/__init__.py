@@ -4,6 +4,7 @@
 
 SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack, SSR Add Combination
     -> SSR Collect Stats -> SSR Solve (-> SSR Polish) -> SSR Apply, SSR Save LoRA
+                         -> SSR Split
 
 SSR Save Stats, SSR Load Stats and SSR Add Stats keep what was measured; SSR Report tells what it means.
 SSR Compare shows what came of it. SSR Quick Merge does all of it in one node.
@@ -26,6 +27,7 @@ from .report import SSRReport
 from .save_lora import SSRSaveLoRA
 from .save_stats import SSRSaveStats
 from .solve import SSRSolve
+from .split import SSRSplit
 
 
 class SSRMergeExtension(ComfyExtension):
@@ -33,7 +35,7 @@ class SSRMergeExtension(ComfyExtension):
         return [
             *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
-            *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRCompare),
+            *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRSplit, SSRCompare),
             SSRQuickMerge,
         ]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from comfy_api.latest import io
 
-from ..ssr_core import MergeSettings, Ridge, SSRError, parse_rules
+from ..ssr_core import MergeSettings, Ridge, parse_rules
 from .calibrating.stats import Stats
 from .schema import inputs
-from .schema.sockets import ADVANCED, LoraModelSocket, SSRStats, schema
+from .schema.sockets import LoraModelSocket, SSRStats, schema
 from .writing.merging import AUTO, solve
+
+NAME = "SSR Solve"
 
 
 class SSRSolve(io.ComfyNode):
@@ -18,7 +18,7 @@ class SSRSolve(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SSRSolve",
-            display_name="SSR Solve",
+            display_name=NAME,
             description="Merges the LoRAs into one that gives each of them its own signals. "
             "Change a setting and only this node runs again.",
             search_aliases=["merge lora", "lora merge", "ssr merge", "route"],
@@ -45,23 +45,8 @@ class SSRSolve(io.ComfyNode):
                     step=0.01,
                     tooltip="0 = the LoRAs simply stacked, 1 = fully routed.",
                 ),
-                io.String.Input(
-                    "strengths",
-                    default="",
-                    tooltip="Strength of each LoRA in the merge, in their order, such as 1, 0.8, 1. "
-                    "Empty: as given in SSR Add LoRA.",
-                ),
-                io.String.Input(
-                    "layers",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    optional=True,
-                    tooltip="Rules for layers, one per line; later ones overrule earlier ones. keep: routed, as all "
-                    "are without a rule. stack: summed, not routed. drop: left out. Then what: all, attention, mlp, "
-                    "modulation, text, image, text_encoder, or part of a name, such as drop single_blocks.0-9.",
-                    **ADVANCED,
-                ),
+                inputs.strengths(),
+                inputs.layers(),
             ],
             outputs=[
                 LoraModelSocket.Output(display_name="lora", tooltip="The merged LoRA."),
@@ -77,14 +62,7 @@ class SSRSolve(io.ComfyNode):
             ridge=Ridge(relative=ridge),
             rank=AUTO if rank < 0 else rank,
             routing=routing,
-            strengths=_numbers(strengths) or None,
+            strengths=inputs.numbers(strengths, NAME) or None,
             rules=parse_rules(layers),
         )
         return io.NodeOutput(*solve(stats, settings))
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in re.split(r"[\s,;]+", text.strip()) if part)
-    except ValueError as error:
-        raise SSRError(f"SSR Solve: strengths are {text!r}; give one number per LoRA, such as 1, 0.8, 1.") from error

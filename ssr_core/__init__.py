@@ -43,6 +43,7 @@ from .solve.rank import truncate
 from .solve.router import Ridge, normal_equations, route, solve_router
 from .solve.selection import Rule, check_rules, parse_rules, treatment_of
 from .solve.settings import MergeSettings
+from .solve.split import Split, split
 from .statistics.calibration import Calibration
 from .statistics.case import Case
 from .statistics.correction import Correction
@@ -80,6 +81,7 @@ __all__ = [
     "SiteConflict",
     "SiteReport",
     "SolveError",
+    "Split",
     "StatisticsCollector",
     "StatisticsError",
     "Subspace",
@@ -106,6 +108,7 @@ __all__ = [
     "save_lora",
     "save_statistics",
     "solve_router",
+    "split",
     "to_state_dict",
     "treatment_of",
     "truncate",

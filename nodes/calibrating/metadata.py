@@ -84,6 +84,14 @@ def with_settings(provenance: Mapping[str, str], settings: MergeSettings, report
     }
 
 
+def of_part(metadata: Mapping[str, str], task: int) -> dict[str, str]:
+    """Of what is left of one LoRA where a merge is split: the others stay named, the trigger words are its own."""
+    source = json.loads(metadata["ssr.sources"])[task]
+    kept = {key: value for key, value in metadata.items() if key != "modelspec.trigger_phrase"}
+    own = {"modelspec.trigger_phrase": trigger} if (trigger := source.get("modelspec.trigger_phrase")) else {}
+    return {**kept, **own, "modelspec.title": PurePath(source["file"]).stem, "ssr.part": json.dumps(source)}
+
+
 def _architecture(model: Any, sources: Sequence[Mapping[str, Any]]) -> str | None:
     """What the sources agree on, or what the model certainly is."""
     if agreed := _common(sources, "modelspec.architecture"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import comfy.samplers
 from comfy_api.latest import io
 
-from .sockets import FIXED
+from ...ssr_core import SSRError
+from .sockets import ADVANCED, FIXED
 
 
 def seed(tooltip: str, **more: Any) -> io.Int.Input:
@@ -44,3 +46,48 @@ def pairs(tooltip: str, default: int, **more: Any) -> io.Int.Input:
 
 def combinations(tooltip: str, **more: Any) -> io.String.Input:
     return io.String.Input("combinations", default="", multiline=True, dynamic_prompts=False, tooltip=tooltip, **more)
+
+
+def dtype() -> io.Combo.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        tooltip="bfloat16 and float16 make files of the usual size; float32 is exact.",
+    )
+
+
+def strengths(**more: Any) -> io.String.Input:
+    return io.String.Input(
+        "strengths",
+        default="",
+        tooltip="Strength of each LoRA in the merge, in their order, such as 1, 0.8, 1. "
+        "Empty: as given in SSR Add LoRA.",
+        **more,
+    )
+
+
+def layers() -> io.String.Input:
+    return io.String.Input(
+        "layers",
+        default="",
+        multiline=True,
+        dynamic_prompts=False,
+        optional=True,
+        tooltip="Rules for layers, one per line; later ones overrule earlier ones. keep: routed, as all "
+        "are without a rule. stack: summed, not routed. drop: left out. Then what: all, attention, mlp, "
+        "modulation, text, image, text_encoder, or part of a name, such as drop single_blocks.0-9.",
+        **ADVANCED,
+    )
+
+
+def numbers(text: str, where: str) -> tuple[float, ...]:
+    """What a person wrote into `strengths`.
+
+    Raises:
+        SSRError: something else than numbers; names `where`.
+    """
+    try:
+        return tuple(float(part) for part in re.split(r"[\s,;]+", text.strip()) if part)
+    except ValueError as error:
+        raise SSRError(f"{where}: strengths are {text!r}; give one number per LoRA, such as 1, 0.8, 1.") from error

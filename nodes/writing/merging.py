@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import comfy.model_management
@@ -10,9 +10,10 @@ import comfy.utils
 from torch import Tensor
 
 from ...ssr_core import Case, Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
-from ..calibrating.metadata import with_settings
+from ...ssr_core import split as core_split
+from ..calibrating.metadata import of_part, with_settings
 from ..calibrating.stats import Stats
-from ..calibrating.text_encoder import merge_text, summed, with_common_names
+from ..calibrating.text_encoder import merge_text, summed, text_settings, with_common_names
 from ..reading.network import GENERIC
 from .lora_model import LoraModel, state_dict
 
@@ -26,32 +27,70 @@ def solve(stats: Stats, settings: MergeSettings) -> tuple[LoraModel, str]:
         SSRError: settings that cannot be meant, rules that match nothing, or a merge that cannot be made.
     """
     check_rules(settings.rules, _modules(stats))
+    merged = merge(stats.calibration, settings, _progress(stats))
+    scaled = _text_strengths(stats, merged.report.strengths)
+    text = None if stats.text is None else merge_text(stats.text, replace(settings, strengths=scaled))
+    report = merged.report.with_notes(*_notes(stats, merged.report, settings.rules), *_text_notes(text))
+    tensors = _tensors(stats, settings.rules, merged, text, range(len(stats.loras)))
+    return LoraModel(tensors, with_settings(stats.provenance, settings, report)), str(report)
+
+
+def split(stats: Stats, settings: MergeSettings) -> tuple[list[LoraModel], str]:
+    """The merge as one LoRA for each that it is made of, in their order, and what a person wants to know of them.
+
+    Raises:
+        SSRError: as solve() does, or there is one LoRA only.
+    """
+    check_rules(settings.rules, _modules(stats))
+    found = core_split(stats.calibration, settings, _progress(stats))
+    reports = [part.report for part in found.parts]
+    scaled = _text_strengths(stats, reports[0].strengths)
+    text = None if stats.text is None else core_split(stats.text, text_settings(replace(settings, strengths=scaled)))
+    parts = [
+        LoraModel(
+            _tensors(stats, settings.rules, part, text.parts[task] if text else None, [task]),
+            of_part(with_settings(stats.provenance, settings, part.report), task),
+        )
+        for task, part in enumerate(found.parts)
+    ]
+    about_text = [] if text is None else [f"\nText encoder: {text}\n"]
+    return parts, "\n".join([str(found), *_notes(stats, reports[0], settings.rules), *about_text])
+
+
+def _progress(stats: Stats) -> Callable[[int, int], None]:
+    """A bar over the sites, at which the work can be stopped."""
     bar = comfy.utils.ProgressBar(len(stats.calibration.subspaces))
 
     def on_site(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done + 1, total)
 
-    merged = merge(stats.calibration, settings, on_site)
-    text, text_strengths = _merged_text(stats, settings, merged.report.strengths)
-    report = merged.report.with_notes(*_notes(stats, merged.report, settings.rules), *_text_notes(text))
-    tensors = _tensors(stats, settings, merged, text, text_strengths)
-    return LoraModel(tensors, with_settings(stats.provenance, settings, report)), str(report)
+    return on_site
 
 
 def _tensors(
-    stats: Stats, settings: MergeSettings, merged: Merge, text: Merge | None, text_strengths: Sequence[float]
+    stats: Stats, rules: Sequence[Rule], merged: Merge, text: Merge | None, which: Sequence[int]
 ) -> dict[str, Tensor]:
-    rules = settings.rules
-    tensors = state_dict(merged.updates, [one.model for one in stats.loras], merged.report.strengths, rules, "")
+    """What a merge writes, and what else the LoRAs of these numbers change, at their strengths.
+
+    Raises:
+        SSRError: nothing is left of it.
+    """
+    strengths = merged.report.strengths
+    scaled = [_text_strengths(stats, strengths)[task] for task in which]
+    tensors = state_dict(
+        merged.updates, [stats.loras[task].model for task in which], [strengths[task] for task in which], rules, ""
+    )
     parts = [one.text for one in stats.loras]
     if not stats.with_clip:
         parts = with_common_names(parts)
-    encoder = text.updates if text else summed(parts, text_strengths)
+    parts = [parts[task] for task in which]
+    encoder = text.updates if text else summed(parts, scaled)
     encoder = {site: update for site, update in encoder.items() if treatment_of(site.module, rules) != "drop"}
-    tensors |= state_dict(encoder, parts, text_strengths, rules, _text_prefix(stats))
+    tensors |= state_dict(encoder, parts, scaled, rules, _text_prefix(stats))
     if not tensors:
-        raise SSRError("SSR Solve: the rules for layers leave out every layer, so nothing is left to merge.")
+        names = ", ".join(stats.loras[task].task.name for task in which)
+        raise SSRError(f"The rules for layers leave out every layer of {names}, so nothing is left of it to merge.")
     return tensors
 
 
@@ -77,18 +116,13 @@ def _text_prefix(stats: Stats) -> str:
     return GENERIC if stats.with_clip else ""
 
 
-def _merged_text(
-    stats: Stats, settings: MergeSettings, strengths: Sequence[float]
-) -> tuple[Merge | None, tuple[float, ...]]:
-    """The merge of the text encoder's parts, if it was measured, and the strengths of these parts."""
+def _text_strengths(stats: Stats, strengths: Sequence[float]) -> tuple[float, ...]:
+    """(K,) of the LoRAs' parts for the text encoder, where those for the model have these."""
     tasks = [lora.task for lora in stats.loras]
-    scaled = tuple(
+    return tuple(
         strength * task.text_strength / task.strength if task.strength else task.text_strength
         for strength, task in zip(strengths, tasks, strict=True)
     )
-    if stats.text is None:
-        return None, scaled
-    return merge_text(stats.text, replace(settings, strengths=scaled)), scaled
 
 
 def _text_notes(text: Merge | None) -> Iterator[str]:

@@ -46,10 +46,14 @@ def merge(
     """
     settings = settings or MergeSettings()
     settings.check(len(calibration.loras))
-    problem = Problem(calibration, settings)
+    return merge_of(Problem(calibration, settings), on_site)
+
+
+def merge_of(problem: Problem, on_site: OnSite = lambda done, total: None) -> Merge:
+    """merge() of a problem whose settings were checked; raises what merge() does."""
+    calibration = problem.calibration
     problem.check()
-    sites = list(calibration.subspaces)
-    looked = problem.kept if settings.spread and settings.rank >= 1 else []
+    sites, looked = problem.sites, problem.looked
     total = len(sites) + len(looked)
     ranks = _spread(problem, looked, lambda done, _: on_site(done, total))
     updates: dict[Site, LowRankUpdate] = {}
@@ -59,7 +63,7 @@ def merge(
         if problem.treatments[site] == "drop":
             return None, problem.left_out(site)
         solution, directions = ranks.known.pop(site, None) or (problem.solve(site), None)
-        return solution.cut(ranks.of.get(site, settings.rank), directions)
+        return solution.cut(ranks.of.get(site, problem.rank_of(site)), directions)
 
     for done, (site, (update, report)) in enumerate(zip(sites, each(made, sites), strict=True)):
         on_site(len(looked) + done, total)

@@ -23,10 +23,15 @@ from .weights import task_weights
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be solved, a site at a time."""
+    """What is to be solved, a site at a time.
+
+    A solution is linear in what it should write. So with a `writer` it is what this LoRA contributes to the merge, and
+    the solutions of all writers add up to the one without.
+    """
 
     calibration: Calibration
     settings: MergeSettings
+    writer: int | None = None  # the LoRA that alone is written; None: all
 
     @cached_property
     def strengths(self) -> tuple[float, ...]:
@@ -39,8 +44,18 @@ class Problem:
         return {site: treatment_of(site.module, self.settings.rules) for site in self.calibration.subspaces}
 
     @property
+    def sites(self) -> list[Site]:
+        spaces = self.calibration.subspaces.items()
+        return [site for site, space in spaces if self.writer is None or space.ranks[self.writer]]
+
+    @property
     def kept(self) -> list[Site]:
-        return [site for site, treatment in self.treatments.items() if treatment != "drop"]
+        return [site for site in self.sites if self.treatments[site] != "drop"]
+
+    @property
+    def looked(self) -> list[Site]:
+        """Those that are solved before the rest, to spread a size over them."""
+        return self.kept if self.settings.spread and self.settings.rank >= 1 else []
 
     @cached_property
     def _measured(self) -> dict[Site, SufficientStatistics]:
@@ -78,10 +93,19 @@ class Problem:
             SolveError: its correlation matrix is singular.
         """
         routing = 0.0 if self.treatments[site] == "stack" else self.settings.routing
+        correction = self._corrections.get(site)
+        if correction is not None and self.writer is not None:
+            whole = self.calibration.subspaces[site].scaled(self.strengths)
+            correction = correction.share(self.writer, whole, self.calibration.cases)
         return solve_site(
-            *(site, self._scaled(site), self._measured.get(site), self._corrections.get(site)),
+            *(site, self._scaled(site), self._measured.get(site), correction),
             *(self._weights[site], self.settings.ridge, routing, self.calibration.cases),
         )
+
+    def rank_of(self, site: Site) -> float:
+        """What a site is cut to where sizes are not spread; 0 = all of it. A part is no larger than its LoRA."""
+        whole = 0 if self.writer is None else self.calibration.subspaces[site].ranks[self.writer]
+        return self.settings.rank or whole
 
     def left_out(self, site: Site) -> SiteReport:
         """What is lost with a site."""
@@ -98,7 +122,8 @@ class Problem:
         return len(space.up) + space.down[0].numel()
 
     def _scaled(self, site: Site) -> Subspace:
-        return self.calibration.subspaces[site].scaled(self.strengths)
+        heard = [0.0 if self.writer not in (None, task) else one for task, one in enumerate(self.strengths)]
+        return self.calibration.subspaces[site].scaled(heard)
 
 
 def _corrections(calibration: Calibration, strengths: tuple[float, ...]) -> dict[Site, Correction]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import StatisticsError
 from ..lora.subspace import Subspace
+from .case import Case
 from .grams import Grams, sum_of_present
 
 NOT_RUN = torch.zeros(0, 0)  # the target of a case that was not run
@@ -67,6 +68,29 @@ class Correction:
         targets = (NOT_RUN if case is None else self.targets[case] for case in cases)
         kept = tuple(target[:, rows] if target.numel() else target for target in targets)
         return Correction(self.grams.chosen(cases, rows), kept, fingerprint, strengths)
+
+    def share(self, task: int, scaled: Subspace, cases: Sequence[Case]) -> Correction:
+        """What of it LoRA `task` should write; the shares of all LoRAs that are at the site add up to it.
+
+        Where it speaks that is its own part, up_k down_k x'. What is left of t makes up for what the merge did before:
+        in equal parts a matter of those that speak and are here, or, if none of these is, of all that are here.
+
+        Args:
+            scaled: the subspace with each LoRA at the strength of the correction.
+            cases: (C,) who speaks.
+        """
+        targets = []
+        for target, gram, case in zip(self.targets, self.grams, cases, strict=True):
+            speakers = [one for one in case.speakers if scaled.ranks[one]]
+            takers = speakers or scaled.present
+            if task not in takers or not target.numel():
+                targets.append(NOT_RUN)
+                continue
+            blocks = {one: scaled.blocks[one] for one in speakers}
+            own = {one: scaled.up[:, block].double() @ gram[block] for one, block in blocks.items()}
+            rest = target.double() - sum(own.values())
+            targets.append(rest / len(takers) + own.get(task, 0))
+        return Correction(self.grams, tuple(targets), self.fingerprint, self.strengths)
 
     def check(self, subspace: Subspace, site: object) -> None:
         """Raise StatisticsError unless this was measured in `subspace` and is finite."""

@@ -22,7 +22,7 @@ CORE = {
     ),
     "solve": (
         *("router", "rank", "selection", "settings", "diagnostics", "merge_report"),
-        *("weights", "solution", "problem", "merge"),
+        *("weights", "solution", "problem", "merge", "split"),
     ),
     "report": ("conflict", "advice"),
     "distillation": ("point", "factors", "branch", "overwriting", "frozen", "distil"),

@@ -1,0 +1,53 @@
+"""Files of merged LoRAs: written under output/loras, where Load LoRA finds them, with word of where they come from."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from ...ssr_core import LoraError
+from ...ssr_core.files.storage import write_safetensors
+from .save_path import next_path
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def save(loras: Sequence[tuple[Any, str]], dtype: str, where: str) -> tuple[list[str], int]:
+    """Write each LORA_MODEL under its name. Nothing is written if one of them cannot be.
+
+    Returns the names under which Load LoRA lists them, and their bytes.
+
+    Raises:
+        LoraError: values that `dtype` cannot hold; names `where` and the key.
+        SSRError: a name that leads elsewhere.
+    """
+    converted = [(_converted(lora, DTYPES[dtype], where), lora, name) for lora, name in loras]
+    listed, size = [], 0
+    for tensors, lora, name in converted:
+        path = next_path("loras", name, "merged")
+        write_safetensors(tensors, path, {} if args.disable_metadata else _metadata(lora, path))
+        listed.append(path.relative_to(Path(folder_paths.get_output_directory()) / "loras").as_posix())
+        size += path.stat().st_size
+    return listed, size
+
+
+def _converted(lora: dict[str, torch.Tensor], dtype: torch.dtype, where: str) -> dict[str, torch.Tensor]:
+    """Weights in `dtype`; alphas stay as they are. Nothing shares storage, as safetensors wants it."""
+    tensors = {}
+    for key, value in lora.items():
+        narrow = value.ndim > 0 and value.is_floating_point()
+        tensors[key] = (value.to(dtype) if narrow else value).detach().cpu().contiguous().clone()
+        if not torch.isfinite(tensors[key]).all():
+            raise LoraError(f"{where}: {key} has values that {dtype} cannot hold; choose bfloat16 or float32.")
+    return tensors
+
+
+def _metadata(lora: Any, path: Path) -> dict[str, str]:
+    known = dict(getattr(lora, "metadata", {}))
+    return {**known, "modelspec.title": path.stem, "modelspec.date": datetime.date.today().isoformat()}
