@@ -57,7 +57,7 @@ class Split:
         if min(energies) < 1 - 1e-9:
             yield (
                 f"Cut to their rank the parts keep {sum(energies) / len(energies):.1%} of their effect on average, at "
-                f"least {min(energies):.1%}; by so much their sum may differ from the merge."
+                f"least {min(energies):.1%} in a layer. A merge is cut like this, too."
             )
 
 

@@ -80,7 +80,7 @@ def test_what_a_cut_of_refined_parts_loses_is_told():
     kept = [site.energy for part in found.parts for site in part.report.sites]
     assert 0.8 < min(kept) < 1
     assert f"at least {min(kept):.1%}" in str(found)
-    assert "their sum may differ" not in str(split(calibration(2)))
+    assert "Cut to their rank" not in str(split(calibration(2)))
 
 
 def test_the_paper_s_settings_and_other_strengths_split_as_well():
