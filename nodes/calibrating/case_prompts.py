@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,11 +10,10 @@ from typing import Any
 from ...ssr_core import Case, SSRError
 from ..reading.combination import Combination, read_lines
 from ..reading.task import Task
-from .common_words import common_words, share
+from .couplings import couplings, prompts_of_pair
 from .prompt import PROMPT, encode_lines, followed, unchanged
 
 PAIRS = 3  # prompts of each pair of LoRAs that are made of their own where none are given, at most
-ALIKE = 1.5  # shares of their own words in two LoRAs' prompts that differ by less are of two of a kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +68,12 @@ def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePromp
 
 
 def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
-    """Prompts for every pair of LoRAs, made of their own where the texts of all are known.
-
-    All pairs together have no more prompts than the LoRAs by themselves, as they take their time, too; but each pair
-    has one at least.
-    """
+    """Prompts for every pair of LoRAs, made of their own where the texts of all are known."""
     couples = list(combinations(range(len(tasks)), 2))
     known = [unchanged(task.conditioning) for task in tasks]
     if not pairs or not couples or any(task.latent is not None for task in tasks) or not all(known):
         return []
-    count = max(1, min(pairs, sum(len(task.conditioning) for task in tasks) // len(couples)))
+    count = prompts_of_pair(pairs, sum(len(task.conditioning) for task in tasks), len(couples))
     names = [task.name for task in tasks]
     found = []
     for one, other in couples:
@@ -90,27 +84,8 @@ def _glued(tasks: Sequence[Task], pairs: int) -> list[CasePrompts]:
 
 
 def _of_pair(one: Sequence[Any], other: Sequence[Any], count: int) -> Iterator[list[Any]]:
-    """CONDITIONING of `count` prompts that ask for both: a prompt of one LoRA, and the words of the other behind it.
-
-    Of the LoRA that stands behind only the words that all its prompts share, if they share any. A character's own words
-    are most of its prompts, and a style's are few, so the character's scenes come in the style and not the other way;
-    two of a kind take turns.
-    """
-    texts = [[entry[1][PROMPT].text for entry in entries] for entries in (one, other)]
-    phrases = [common_words(lines) for lines in texts]
-    shares = [share(phrase, lines) for phrase, lines in zip(phrases, texts, strict=True)]
-    for number in range(count):
-        first = int(shares[1] > shares[0]) if max(shares) > ALIKE * min(shares) else number % 2
-        entry = _spread((one, other)[first], count)[number]
-        behind = _spread((one, other)[1 - first], count, 1)[number]
-        yield followed(entry, behind, phrases[1 - first] or behind[1][PROMPT].text)
-
-
-def _spread(entries: Sequence[Any], count: int, shift: int = 0) -> list[Any]:
-    """`count` of them from all over the list, none twice before all had their turn; `shift`: where to begin.
-
-    People write lists with a period (four places, then the same four at night), so the steps have none in common: they
-    are near the golden section of the list.
-    """
-    stride = next(step for step in range(round(0.62 * len(entries)), 0, -1) if math.gcd(step, len(entries)) == 1)
-    return [entries[(number * stride + shift) % len(entries)] for number in range(count)]
+    """CONDITIONING of `count` prompts that ask for both: a prompt of one LoRA, and the words of the other behind it."""
+    entries = one, other
+    texts = [[entry[1][PROMPT].text for entry in half] for half in entries]
+    for made in couplings(texts[0], texts[1], count):
+        yield followed(entries[made.first][made.prompt], entries[1 - made.first][made.behind], made.words)

@@ -21,7 +21,7 @@ def common_words(texts: Sequence[str]) -> str:
     """
     if len(texts) < 2:
         return ""
-    first, *others = (_words(text) for text in texts)
+    first, *others = (words_of(text) for text in texts)
     runs = (
         first[start : start + length] for length in range(len(first), 0, -1) for start in range(len(first) - length + 1)
     )
@@ -34,10 +34,15 @@ def common_words(texts: Sequence[str]) -> str:
 
 def share(phrase: str, texts: Sequence[str]) -> float:
     """How much of these texts a phrase is, by words."""
-    return len(phrase.split()) * len(texts) / max(1, sum(len(_words(text)) for text in texts))
+    return len(phrase.split()) * len(texts) / max(1, sum(len(words_of(text)) for text in texts))
 
 
-def _words(text: str) -> list[str]:
+def holds_all(text: str, phrase: str) -> bool:
+    """Whether all words of a phrase are in a text, in whatever order."""
+    return {word.casefold() for word in words_of(phrase)} <= {word.casefold() for word in words_of(text)}
+
+
+def words_of(text: str) -> list[str]:
     return re.findall(r"[\w'’-]+", text)
 
 

@@ -251,11 +251,11 @@ def test_all_pairs_together_have_no_more_prompts_than_the_loras_themselves_but_o
 
 @pytest.mark.parametrize("length", range(1, 20))
 def test_prompts_are_taken_from_all_over_the_list_and_none_twice_before_all_had_their_turn(length):
-    spread = module("nodes.calibrating.case_prompts")._spread
-    assert sorted(spread(range(length), length)) == list(range(length))
-    assert spread(range(length), 2 * length, 1)[length:] == spread(range(length), length, 1)
+    spread = module("nodes.calibrating.couplings").spread
+    assert sorted(spread(length, length)) == list(range(length))
+    assert spread(length, 2 * length, 1)[length:] == spread(length, length, 1)
     if length == 8:
-        assert spread(range(8), 4) == [0, 5, 2, 7]  # four places, then the same four in other words: all four
+        assert spread(8, 4) == [0, 5, 2, 7]  # four places, then the same four in other words: all four
 
 
 def test_no_pairs_are_made_where_they_are_turned_off_asked_for_or_texts_are_not_known():
