@@ -1,8 +1,8 @@
 """The nodes of this pack. Each is a file here; what they call lies in the folders, in the order of the data flow.
 
-    schema -> reading -> calibrating -> writing -> polishing -> pictures
+    schema -> reading -> wording -> calibrating -> writing -> polishing -> pictures
 
-SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack, SSR Add Combination
+(SSR Propose Prompts ->) SSR Prompts -> SSR Add LoRA, SSR Add LoRA Stack, SSR Add Combination
     -> SSR Collect Stats -> SSR Solve (-> SSR Polish) -> SSR Apply, SSR Save LoRA
                          -> SSR Split
 
@@ -22,6 +22,7 @@ from .compare import SSRCompare
 from .load_stats import SSRLoadStats
 from .polish import SSRPolish
 from .prompts import SSRPrompts
+from .propose_prompts import SSRProposePrompts
 from .quick_merge import SSRQuickMerge
 from .report import SSRReport
 from .save_lora import SSRSaveLoRA
@@ -33,7 +34,7 @@ from .split import SSRSplit
 class SSRMergeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            *(SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
+            *(SSRProposePrompts, SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
             *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRSplit, SSRCompare),
             SSRQuickMerge,

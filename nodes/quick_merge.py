@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..ssr_core import DistillationSettings, LoraError, MergeSettings
 from .calibrating.case_prompts import PAIRS, combinations_of
+from .calibrating.circumstances import listed_pairs
 from .calibrating.collect import collect
 from .calibrating.prompt import encode_lines
 from .calibrating.runs import TOKENS, Sampling
@@ -18,6 +19,7 @@ from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
 from .schema import inputs
 from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, schema
+from .wording.proposals import listed, written_or_proposed
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
 
@@ -129,16 +131,11 @@ class SSRQuickMerge(io.ComfyNode):
         polish: int = 0,
         **chosen: Any,
     ) -> io.NodeOutput:
-        tasks = tuple(
-            Task(
-                lora.name,
-                lora.path,
-                lora.strength,
-                encode_lines(clip, prompts, where),
-                clip_strength=lora.clip_strength,
-            )
-            for lora, prompts, where in _chosen(lora_stack, chosen)
-        )
+        tasks, proposed = [], {}
+        for entry, lines, where in _chosen(lora_stack, chosen):
+            prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
+            encoded = encode_lines(clip, prompts, where)
+            tasks.append(Task(entry.name, entry.path, entry.strength, encoded, clip_strength=entry.clip_strength))
         together = combinations_of(clip, combinations, f"{NAME}: combinations")
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731
@@ -147,6 +144,9 @@ class SSRQuickMerge(io.ComfyNode):
         if polish:
             polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
             lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
+        if shown := listed(proposed):
+            report = "\n".join([report, *shown])
+        tell("\n".join([*shown, *listed_pairs(stats.collections)]) or "Merged.")
         return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 
 
@@ -176,7 +176,8 @@ def _picker(number: int) -> list[Any]:
             multiline=True,
             dynamic_prompts=False,
             optional=optional,
-            tooltip="A few prompts that show what this LoRA is for, one per line, with its trigger words.",
+            tooltip="A few prompts that show what this LoRA is for, one per line, with its trigger words. Empty: "
+            "some are proposed from what the file tells of its training, and shown.",
         ),
     ]
 

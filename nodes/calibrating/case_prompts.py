@@ -10,7 +10,7 @@ from typing import Any
 from ...ssr_core import Case, SSRError
 from ..reading.combination import Combination, read_lines
 from ..reading.task import Task
-from .couplings import couplings, prompts_of_pair
+from ..wording.couplings import couplings, prompts_of_pair
 from .prompt import PROMPT, encode_lines, followed, unchanged
 
 PAIRS = 3  # prompts of each pair of LoRAs that are made of their own where none are given, at most

@@ -111,6 +111,18 @@ class Circumstances:
         )
 
 
+def listed_pairs(collections: Sequence[Circumstances], most: int = 6) -> list[str]:
+    """What a person is shown of prompts of pairs that were made of the LoRAs' own; nothing if there are none."""
+    heard = [one for collection in collections for one in collection.combinations if one.is_glued]
+    lines = [f"  {'+'.join(str(s + 1) for s in one.speakers)}: {text}" for one in heard for text in one.prompts]
+    left = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
+    said = (
+        "Prompts that ask for two LoRAs at once were made of the LoRAs' own. Prompts of yours that ask for both "
+        "are better: add them with SSR Add Combination."
+    )
+    return [said, *lines[:most], *left] if heard else []
+
+
 def _version() -> str:
     """Of this pack."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

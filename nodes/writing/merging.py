@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...ssr_core import Case, Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
 from ...ssr_core import split as core_split
+from ..calibrating.circumstances import listed_pairs
 from ..calibrating.metadata import of_part, with_settings
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import merge_text, summed, text_settings, with_common_names
 from ..reading.network import GENERIC
+from ..wording.trigger_words import namesakes, phrases
 from .lora_model import LoraModel, state_dict
 
 AUTO = 0.99  # share of each layer's effect that an automatic rank keeps
@@ -142,13 +144,17 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
     if any(correction.strengths != report.strengths for correction in corrections):
         yield "The refinement was measured at other strengths and is left out; collect at these to have it."
     yield from _heard_at_other_strengths(stats, report)
-    if any(heard.is_glued for one in stats.collections for heard in one.combinations):
-        yield (
-            "Prompts that ask for two LoRAs at once were made of the LoRAs' own. Prompts of yours that ask for both "
-            "are better: add them with SSR Add Combination."
-        )
+    yield from listed_pairs(stats.collections)
+    yield from _called_alike(stats)
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
+
+
+def _called_alike(stats: Stats) -> Iterator[str]:
+    """A warning of LoRAs that share their trigger words, as far as these are known."""
+    told = [[one.prompts[task] for one in stats.collections if one.prompts] for task in range(len(stats.loras))]
+    called = [phrases(lora.source, sum(texts, ())) for lora, texts in zip(stats.loras, told, strict=True)]
+    return namesakes(stats.calibration.names, called)
 
 
 def _heard_at_other_strengths(stats: Stats, report: Report) -> Iterator[str]:

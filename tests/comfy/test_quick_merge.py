@@ -112,7 +112,7 @@ def test_a_stack_of_another_pack_takes_the_place_of_the_pickers(model, clip, fil
         (lambda: {}, "no LoRA to merge"),
         (
             lambda: chosen("cat.safetensors", "house.safetensors", prompts=("a cat", " ")),
-            "prompts_2, for house",
+            "prompts_2, for house: there is no prompt, and the file does not tell",
         ),
         (lambda: chosen("gone.safetensors"), r"no LoRA file 'gone\.safetensors'"),
         (
@@ -186,3 +186,52 @@ def test_it_can_polish_the_merge(model, clip, files):
     assert "ssr.polish" in polished[2].metadata and "Polished: Error on held-out points" in polished[3]
     key = next(key for key in plain[2] if key.startswith("diffusion_model") and "lora_A" in key)
     assert plain[2][key].shape == polished[2][key].shape and not torch.equal(plain[2][key], polished[2][key])
+
+
+# --- prompts that nobody wrote ---
+
+
+@pytest.fixture
+def told(files):
+    """A LoRA whose file tells of its training, and one that has the same trigger words."""
+    from safetensors.torch import load_file, save_file
+
+    for name, of in (("anna", "house"), ("berta", "third")):
+        metadata = {"modelspec.trigger_phrase": "anna1 woman"}
+        save_file(load_file(files / f"{of}.safetensors"), files / f"{name}.safetensors", metadata=metadata)
+    importlib.import_module("folder_paths").filename_list_cache.pop("loras", None)
+
+
+def test_empty_prompts_are_proposed_from_the_file_and_shown(model, clip, told):
+    given = chosen("cat.safetensors", "anna.safetensors", prompts=(PROMPTS[0], " \n"))
+    *_, report = quick(model, clip, steps=1, **given)
+    assert "Prompts proposed from the files" in report and "anna: anna1 woman in a park in autumn" in report
+    assert "  cat: " not in report  # written
+    assert "1+2: anna1 woman" in report or "1+2: a cat" in report
+    proposed = report.partition("Prompts proposed")[2].splitlines()
+    assert sum(line.startswith("  anna: ") for line in proposed) == 6
+    (cat,) = execute(node("propose_prompts.SSRProposePrompts"), lora_1="anna.safetensors", count=6, pairs=0)[:1]
+    assert [line.removeprefix("  anna: ") for line in proposed if line.startswith("  anna: ")] == cat.splitlines()
+
+
+def test_two_loras_with_the_same_trigger_words_get_a_warning(model, clip, told):
+    *_, report = quick(model, clip, steps=1, **chosen("anna.safetensors", "berta.safetensors", prompts=("", "")))
+    assert 'anna and berta are both called by "anna1 woman"' in report
+    *_, report = quick(model, clip, steps=1, **chosen("cat.safetensors", "house.safetensors"))
+    assert "called by" not in report
+
+
+def test_proposals_come_apart_by_lora_with_those_of_pairs_and_say_what_is_not_known(told, monkeypatch):
+    cls, said = node("propose_prompts.SSRProposePrompts"), []
+    monkeypatch.setattr(
+        importlib.import_module("ssr_pack.nodes.propose_prompts"), "say", lambda _, text: said.append(text)
+    )
+    names = {"lora_1": "anna.safetensors", "lora_2": "None", "lora_3": "berta.safetensors", "lora_4": "cat.safetensors"}
+    one, two, three, four, together = execute(cls, count=4, pairs=2, **names)
+    assert len(one.splitlines()) == len(three.splitlines()) == 4 and two == four == together == ""
+    assert "cat: its file does not tell" in said[0] and "both called by" in said[0]
+    *_, together = execute(cls, count=4, pairs=2, **names | {"lora_4": "None"})
+    assert len(together.splitlines()) == 2 and together.startswith("1+2: anna1 woman")  # as the chain counts
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.LoraError, match="choose a LoRA"):
+        execute(cls, count=4, pairs=2)

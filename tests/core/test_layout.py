@@ -29,7 +29,7 @@ CORE = {
     "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
 }
 # Folders of which each may import the ones before it; "" holds the nodes, a file each.
-NODES = ("schema", "reading", "calibrating", "writing", "polishing", "pictures", "")
+NODES = ("schema", "reading", "wording", "calibrating", "writing", "polishing", "pictures", "")
 # What stands around the pack. `ssr_core` and `nodes` are what is shipped, and import nothing of the others.
 AROUND = ("ssr_core", "nodes", "hosting", "demo", "authoring")
 

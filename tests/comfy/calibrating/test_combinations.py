@@ -251,7 +251,7 @@ def test_all_pairs_together_have_no_more_prompts_than_the_loras_themselves_but_o
 
 @pytest.mark.parametrize("length", range(1, 20))
 def test_prompts_are_taken_from_all_over_the_list_and_none_twice_before_all_had_their_turn(length):
-    spread = module("nodes.calibrating.couplings").spread
+    spread = module("nodes.wording.couplings").spread
     assert sorted(spread(length, length)) == list(range(length))
     assert spread(length, 2 * length, 1)[length:] == spread(length, length, 1)
     if length == 8:

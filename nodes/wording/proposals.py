@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
+from ...ssr_core import SSRError
 from ..reading.training_notes import TrainingNotes
 from .common_words import common_words, holds_all, words_of
 from .couplings import couplings, prompts_of_pair, spread
@@ -70,3 +72,26 @@ def _chosen(captions: Sequence[str], phrase: str, count: int) -> list[str]:
     own = [text for text in captions if phrase and holds_all(text, phrase)]
     listed = own if len(own) >= count else captions
     return [listed[number] for number in spread(len(listed), min(count, len(listed)))]
+
+
+def written_or_proposed(lines: Sequence[str], file: Path, where: str) -> tuple[list[str], list[str]]:
+    """(prompts, those of them that were proposed): what a person wrote, or else what the file gives.
+
+    Raises:
+        SSRError: nothing was written, and the file says nothing or is damaged; names `where`.
+    """
+    written = [line.strip() for line in lines if line.strip()]
+    proposed = [] if written else propose(TrainingNotes.read(file))
+    if not written and not proposed:
+        raise SSRError(
+            f"{where}: there is no prompt, and the file does not tell what it was trained on; write one per line, with "
+            "its trigger words."
+        )
+    return written or proposed, proposed
+
+
+def listed(proposed: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a person is shown of prompts that nobody wrote, by the names of their LoRAs; nothing if there are none."""
+    lines = [f"  {name}: {prompt}" for name, prompts in proposed.items() for prompt in prompts]
+    said = "Prompts proposed from the files, as none were written. Better ones of your own make a better merge:"
+    return [said, *lines] if lines else []

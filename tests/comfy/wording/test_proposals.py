@@ -36,7 +36,7 @@ def notes(**metadata):
 
 
 def propose(found, count=6):
-    return module("calibrating.proposals").propose(found, count)
+    return module("wording.proposals").propose(found, count)
 
 
 def kohya(tags=TAGS, images=20, folder="10_anna1 woman"):
@@ -92,7 +92,7 @@ def test_of_trigger_words_alone_scenes_of_all_kinds_are_made_and_of_a_style_thin
     assert len(set(lines)) == 6 and all(line.startswith("anna1 woman") for line in lines)
     lines = propose(notes(modelspec__trigger_phrase="inkwash style"))
     assert len(set(lines)) == 6 and all(line.endswith(", inkwash style") for line in lines)
-    assert module("calibrating.common_words").common_words(lines) == "inkwash style"
+    assert module("wording.common_words").common_words(lines) == "inkwash style"
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_pairs_are_proposed_as_collecting_would_make_them():
         ["a fox, inkwash style", "a bridge, inkwash style"],
         ["x1 a", "x1 b"],
     ]
-    lines = module("calibrating.proposals").propose_pairs(prompts, 3)
+    lines = module("wording.proposals").propose_pairs(prompts, 3)
     assert [line.split(":")[0] for line in lines] == ["1+2", "1+2", "1+3", "1+3", "2+3", "2+3"]
     assert lines[0] == "1+2: anna1 woman in a park, inkwash style"
-    assert module("calibrating.proposals").propose_pairs([["a"], []], 3) == []
-    assert module("calibrating.proposals").propose_pairs(prompts, 0) == []
+    assert module("wording.proposals").propose_pairs([["a"], []], 3) == []
+    assert module("wording.proposals").propose_pairs(prompts, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_pairs_are_proposed_as_collecting_would_make_them():
     ],
 )
 def test_two_loras_with_the_same_trigger_words_are_told(one, other, shared):
-    words = module("calibrating.trigger_words")
+    words = module("wording.trigger_words")
     called = [words.phrases({"modelspec.trigger_phrase": phrase}, []) for phrase in (one, other)]
     found = list(words.namesakes(["anna", "bert"], called))
     assert len(found) == (shared is not None)

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
 
 def module(name):
-    return importlib.import_module(f"ssr_pack.nodes.calibrating.{name}")
+    return importlib.import_module(f"ssr_pack.nodes.wording.{name}")
 
 
 @pytest.mark.parametrize(
