@@ -19,7 +19,8 @@ stood beside each LoRA alone; with them the solution is no longer `up` times a r
 """
 
 from .distillation.branch import Branch
-from .distillation.distil import DistillationSettings, Distilled, Evaluation, distil
+from .distillation.distil import DistillationSettings, Distilled, distil
+from .distillation.judge import Evaluation
 from .distillation.point import Point, PointRecorder
 from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .files.lora_file import load_lora, read_pairs, save_lora, to_state_dict

@@ -25,7 +25,7 @@ CORE = {
         *("weights", "solution", "problem", "merge", "split"),
     ),
     "report": ("conflict", "advice"),
-    "distillation": ("point", "factors", "branch", "overwriting", "frozen", "distil"),
+    "distillation": ("point", "factors", "branch", "overwriting", "frozen", "judge", "distil"),
     "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
 }
 # Folders of which each may import the ones before it; "" holds the nodes, a file each.
