@@ -160,7 +160,7 @@ def tiny_demo() -> list[Group]:
         batch=2,
         bypassed=False,
     )
-    return _with_polish(groups, "tiny-demo", steps=60)
+    return _with_polish(groups, "tiny-demo")
 
 
 def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:

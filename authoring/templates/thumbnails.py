@@ -51,6 +51,12 @@ GRAPHS: dict[str, tuple[Callable[[], list[Group]], Sequence[str], bool]] = {
         ),
         *(("SSRCompare",), True),
     ),
+    "polish-and-save-zimage": (
+        lambda: scenarios.polish_and_save(
+            tiny(), (MOCHI, SEPIA), Joint("both", "1, 2", MOCHI_SEPIA.prompts), Shot("both", "mochi the cat on the beach, sepia style", 3)
+        ),
+        *(("SSRPolish",), True),
+    ),
     "retune-saved-stats-zimage": (retuned, ("SSRLoadStats", "SSRSolve"), False),
     "speed-lora-in-base-qwen": (
         WORKFLOWS["speed-lora-in-base-qwen"],
