@@ -20,7 +20,7 @@ from . import scenarios
 from .bases import tiny
 from .contents import WORKFLOWS
 from .graph import Group, ObjectInfo, workflow
-from .parts import MOCHI, ROBO, SEPIA, Shot
+from .parts import MOCHI, MOCHI_SEPIA, ROBO, SEPIA, Joint, Shot
 
 SIZE = 480
 PAPER, INK, GOOD, BAD = (23, 32, 46), (232, 237, 244), (77, 208, 168), (255, 143, 135)
@@ -53,7 +53,10 @@ GRAPHS: dict[str, tuple[Callable[[], list[Group]], Sequence[str], bool]] = {
     ),
     "polish-and-save-zimage": (
         lambda: scenarios.polish_and_save(
-            tiny(), (MOCHI, SEPIA), Joint("both", "1, 2", MOCHI_SEPIA.prompts), Shot("both", "mochi the cat on the beach, sepia style", 3)
+            tiny(),
+            (MOCHI, SEPIA),
+            Joint("both", "1, 2", MOCHI_SEPIA.prompts),
+            Shot("both", "mochi the cat on the beach, sepia style", 3),
         ),
         *(("SSRPolish",), True),
     ),
