@@ -16,6 +16,7 @@ The method is Subspace Signal Routing (Wei et al., ICML 2026, arXiv 2606.10617).
 A *task* is one LoRA with its calibration prompt. A *site* is a module and the output rows that a LoRA writes there.
 R = rank + context rows, which belong to no task. A `Correction` holds further sums, of a run in which a first merge
 stood beside each LoRA alone; with them the solution is no longer `up` times a router, but a new `up` of (out, R).
+`distil` goes on from there by gradient steps, with the LoRAs as teachers.
 """
 
 from .distillation.branch import Branch

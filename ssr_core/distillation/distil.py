@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import SolveError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
+from ..parallel import each
 from ..statistics.case import Case, singles
 from .branch import Branch
 from .factors import Learning
@@ -142,7 +143,8 @@ class _Student:
         settings: DistillationSettings,
         shares: Sequence[float],
     ) -> None:
-        self._factors = {site: Learning(update, device, settings.only_up) for site, update in updates.items()}
+        learning = each(lambda update: Learning(update, device, settings.only_up), list(updates.values()))
+        self._factors = dict(zip(updates, learning, strict=True))
         self.attached = Branch(self._factors).attached
         self._network, self._device = network, device
         self._shares = [share / settings.batch for share in shares]
