@@ -61,6 +61,7 @@ def add(a: Stats, b: Stats) -> Stats:
     return Stats(
         *(a.loras, calibration, text, a.with_clip, tuple(sorted({*a.silent} & {*b.silent}))),
         *(with_collections(a.provenance, collections), collections, sampled),
+        notes=tuple(dict.fromkeys((*a.notes, *b.notes))),
     )
 
 

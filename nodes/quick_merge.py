@@ -20,6 +20,7 @@ from .reading.task import Task
 from .schema import inputs
 from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, schema
 from .wording.proposals import listed, written_or_proposed
+from .writing.kept_stats import kept_if_failing
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
 
@@ -140,14 +141,15 @@ class SSRQuickMerge(io.ComfyNode):
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731
         stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)
-        lora, report = solve(stats, MergeSettings(rank=AUTO if rank < 0 else rank))
-        if polish:
-            polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
-            lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
-        if shown := listed(proposed):
-            report = "\n".join([report, *shown])
-        tell("\n".join([*shown, *listed_pairs(stats.collections)]) or "Merged.")
-        return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
+        with kept_if_failing(stats):
+            lora, report = solve(stats, MergeSettings(rank=AUTO if rank < 0 else rank))
+            if polish:
+                polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
+                lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
+            if shown := listed(proposed):
+                report = "\n".join([report, *shown])
+            tell("\n".join([*shown, *listed_pairs(stats.collections)]) or "Merged.")
+            return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 
 
 def _picker(number: int) -> list[Any]:

@@ -64,7 +64,7 @@ def collect(
     earlier = None if like is None else like.calibration.ordered_as([lora.lora for lora in loras])
     encoded, text = calibrate_text(clip, loras, cases, sampling.negative, None if like is None else like.text)
     runs = plan(encoded, sampling, 0 if like is not None else context, refine)
-    calibration, silent = calibrate(
+    calibration, silent, notes = calibrate(
         *(model, loras, runs, latent, 0 if like is not None else context),
         on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
         on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].case.name}"),
@@ -77,7 +77,7 @@ def collect(
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
         *(tuple(shared), calibration, text, clip is not None, silent),
-        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),)),
+        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),), notes),
     )
 
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import comfy.model_management
+from torch import Tensor
 
 from ...ssr_core import (
     Calibration,
     LowRankUpdate,
     Recording,
+    Refinement,
     Requirement,
     Site,
     StatisticsCollector,
     StatisticsError,
     merge,
 )
+from ...ssr_core.measure.refinement import Uncompared
 from ..reading.loaded_lora import LoadedLora
 from .memory import check_host, itemsize
 from .runs import Kind, Run
 from .sampling import OnStep, begin, sample
+
+
+class Calibrated(NamedTuple):
+    """What became of the runs."""
+
+    calibration: Calibration
+    silent: tuple[str, ...]  # modules that a LoRA changes and that never ran
+    notes: tuple[str, ...]  # lines for the report: what could not be refined, and why
 
 
 def calibrate(
@@ -35,8 +48,8 @@ def calibrate(
     on_need: Callable[[Requirement], None] = lambda need: None,
     before: Any = None,
     earlier: Calibration | None = None,
-) -> tuple[Calibration, tuple[str, ...]]:
-    """Carry out `runs`. Returns the statistics, and the modules that a LoRA changes but that never ran.
+) -> Calibrated:
+    """Carry out `runs`. Whatever goes wrong while refining, what was measured before stands; only a stop ends all.
 
     Args:
         on_step: called after each sampling step with the predicted clean latent.
@@ -46,47 +59,108 @@ def calibrate(
         earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
             refinement looks at is made from both.
     """
-    combinations = max(0, len({run.index for run in runs}) - len(loaded))
-    subspaces = None if earlier is None else earlier.subspaces
-    collector = StatisticsCollector([one.lora for one in loaded], subspaces, combinations)
+    collector = _collector(loaded, runs, earlier)
     refined = {run.index for run in runs if run.kind is Kind.REFINE}
     unrefined = len({run.index for run in runs} - refined)
     need = collector.requirement(context, bool(refined), itemsize(patcher), unrefined)
     on_need(need)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
-    silent: set[str] = set()
-    updates: Mapping[Site, LowRankUpdate] = {}
-    for number, run in enumerate(runs):
+    session = _Session(patcher, loaded, latent, on_step, begun, need.device, collector)
+    measuring = [run for run in runs if run.kind is not Kind.REFINE]
+    for number, run in enumerate(measuring):
         on_run(number)
-        if run.kind is Kind.MEASURE and run.index == 0:  # once for all cases, as below
+        if run.kind is Kind.MEASURE and run.index == 0:  # once for all cases
             collector.see(context)
-        if run.kind is Kind.REFINE and run.index == 0:
-            known = collector.calibration()
-            updates = merge(known if earlier is None else earlier + known, on_site=_interruptible).updates
-        with _recording(collector, run, context, updates) as recording:
-            begins = begun.get(run.index, ())
-            speaking = [loaded[task] for task in run.case.case.speakers]
-            sample(prepared(patcher, speaking), run, recording, latent, on_step, begins, need.device)
+        survey = context if run.kind is Kind.SURVEY else 0
+        session.carry_out(run, collector.recording(run.case.case.speakers, survey, run.sampling.tokens))
+    found, failure = collector.calibration(), list[str]()
+    try:
+        updates: Mapping[Site, LowRankUpdate] = {}
+        for number, run in enumerate(runs[len(measuring) :], len(measuring)):
+            on_run(number)
+            if run.index == 0:  # a round begins: whatever happens in it, the one before stands
+                found = collector.calibration()
+                updates = merge(found if earlier is None else earlier + found, on_site=_interruptible).updates
+            session.carry_out(run, collector.refinement(run.case.case.speakers, updates))
+        found = collector.calibration()
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception as error:  # of the model, of another pack, of the device: what was measured took minutes
+        failure.append(_failed(error))
+    return Calibrated(found, tuple(sorted(session.silent)), (*_notes(collector.uncompared, session.outside), *failure))
+
+
+@dataclass(eq=False)
+class _Session:
+    """What all runs have in common, and what became known of the layers."""
+
+    patcher: Any
+    loaded: Sequence[LoadedLora]
+    latent: dict[str, Any]
+    on_step: OnStep
+    begun: Mapping[int, Sequence[Tensor]]
+    need: int
+    collector: StatisticsCollector
+    ran: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)  # in some run
+    outside: set[str] = field(default_factory=set)  # before the first step
+
+    @property
+    def silent(self) -> set[str]:
+        return self.idle - self.ran
+
+    def carry_out(self, run: Run, listening: AbstractContextManager[Recording]) -> None:
+        speaking = [self.loaded[task] for task in run.case.case.speakers]
+        with listening as recording:
+            patcher, begins = prepared(self.patcher, speaking), self.begun.get(run.index, ())
+            sample(patcher, run, recording, self.latent, self.on_step, begins, self.need)
             if not recording.heard and any(lora.model.updates for lora in speaking):
                 raise StatisticsError(
                     f"{run.case.name}: the model ran, but none of the layers this LoRA changes did. "
                     "A node that compiles or converts the model can hide its layers; connect the model before it."
                 )
-        silent.update(recording.silent)
-    return collector.calibration(), tuple(sorted(silent))
+        self.ran |= recording.ran
+        self.idle |= recording.idle
+        if isinstance(recording, Refinement):
+            self.outside |= recording.outside
+
+
+def _collector(loaded: Sequence[LoadedLora], runs: Sequence[Run], earlier: Calibration | None) -> StatisticsCollector:
+    combinations = max(0, len({run.index for run in runs}) - len(loaded))
+    subspaces = None if earlier is None else earlier.subspaces
+    return StatisticsCollector([one.lora for one in loaded], subspaces, combinations)
+
+
+def _failed(error: Exception) -> str:
+    logging.warning("SSR Collect Stats: refining failed, measuring stands", exc_info=error)
+    return (
+        f"Refining failed ({type(error).__name__}: {str(error)[:300]}), so the merge is made of what was measured "
+        "before it. Set refine of SSR Collect Stats to 0, or remove the cause and collect again."
+    )
+
+
+def _notes(uncompared: Mapping[str, Uncompared], outside: Iterable[str]) -> Iterator[str]:
+    """Which layers were measured and not refined, and why."""
+    if found := sorted(set(outside) - uncompared.keys()):
+        yield f"{_layers(found)} ran before the first step, where texts are prepared: measured, not refined."
+    for why in Uncompared:
+        if found := sorted(module for module, reason in uncompared.items() if reason is why):
+            yield f"{_layers(found)} {why.value}: measured, not refined.{_REMEDIES[why]}"
+
+
+_REMEDIES = {
+    Uncompared.TOKENS: "",
+    Uncompared.CALLS: " If there is a node that skips steps (EasyCache, TeaCache), connect the model before it.",
+}
+
+
+def _layers(names: Sequence[str]) -> str:
+    return f"{len(names)} layer{'s' * (len(names) > 1)}, such as {names[0]},"
 
 
 def _interruptible(done: int, total: int) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def _recording(
-    collector: StatisticsCollector, run: Run, context: int, updates: Mapping[Site, LowRankUpdate]
-) -> AbstractContextManager[Recording]:
-    if run.kind is Kind.REFINE:
-        return collector.refinement(run.case.case.speakers, updates)
-    return collector.recording(run.case.case.speakers, context if run.kind is Kind.SURVEY else 0, run.sampling.tokens)
 
 
 def prepared(patcher: Any, speaking: Sequence[LoadedLora]) -> Any:

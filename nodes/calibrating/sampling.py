@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 
 from ...ssr_core import Refinement
+from .caches import Caches
 from .memory import make_room
 from .runs import Run, Sampling
 
@@ -44,7 +45,8 @@ def begin(patcher: Any, run: Run, latent: dict[str, Any], on_step: OnStep, befor
         guider = _conditioned(comfy.samplers.CFGGuider(model), prompt, run)
         noise = comfy.sample.prepare_noise(samples, run.sampling.seed_of(index), latent.get("batch_index"))
         options = _options(run, index, latent, on_step)
-        begun.append(guider.sample(noise, samples, sampler, sigmas, **options).cpu())
+        with Caches(model.model).of("begun"):
+            begun.append(guider.sample(noise, samples, sampler, sigmas, **options).cpu())
     return begun
 
 
@@ -74,7 +76,7 @@ def sample(
         noise = comfy.sample.prepare_noise(samples, run.sampling.seed_of(index), latent.get("batch_index"))
         start = samples
         if begun:
-            start, noise = begun[index], torch.zeros_like(noise)  # what is left of the noise is in the latent
+            start, noise = begun[index], noise * 0.0  # nested latents, too; what is left of the noise is in the latent
         room = make_room(need, patcher.load_device) if index == 0 else None
         guider = _conditioned(RecordingGuider(patcher, recording, room), prompt, run)
         room = None
@@ -127,15 +129,16 @@ class RecordingGuider(comfy.samplers.CFGGuider):
         # the LoRA alone leads the way; the merge is looked at in the same places
         with self.recording.alone():
             denoised = super().predict_noise(x, timestep, *args, **kwargs)
-        with self.recording.merged():
+        with self.recording.merged(), self.caches.of("merged"):
             super().predict_noise(x, timestep, *args, **kwargs)
         return denoised
 
     def inner_sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.room = None
+        self.caches = Caches(self.inner_model)
         self.recording.attach(self.inner_model)
         try:
-            with uncompiled():
+            with uncompiled(), self.caches.of("alone"):
                 return super().inner_sample(*args, **kwargs)
         finally:
             self.recording.detach()

@@ -43,6 +43,7 @@ class Stats:
     provenance: Mapping[str, str]  # metadata for the file that is saved in the end
     collections: tuple[Circumstances, ...]  # how it was measured: once, unless statistics were added
     sampled: tuple[Sampled, ...] = ()  # and on what; empty if loaded from a file
+    notes: tuple[str, ...] = ()  # lines for the report: what could not be refined, and why
 
     @property
     def model(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ssr_core import LoraError, ModelMismatchError
+from ...ssr_core.measure.layer import multiplies
 
 GENERIC = "text_encoders."  # before a text encoder's own names, in the spelling that ComfyUI loads for all of them
 
@@ -49,10 +50,7 @@ class Network:
     def can_be_routed(self, key: str) -> bool:
         """Whether `key` is the weight of a layer that multiplies its input with it: the others cannot be hooked."""
         module = self._modules.get(key.removesuffix(".weight"))
-        if module is None or not key.endswith(".weight") or isinstance(module, nn.Embedding):
-            return False
-        plain = getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
-        return plain and 2 <= len(self.shape(key)) <= 5
+        return module is not None and key.endswith(".weight") and multiplies(module)
 
     def weight(self, key: str, where: str) -> Tensor:
         """The weight as it is used: de-quantized, with all patches that are on the model, float32.

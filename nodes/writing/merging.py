@@ -146,6 +146,7 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
     yield from _heard_at_other_strengths(stats, report)
     yield from listed_pairs(stats.collections)
     yield from _called_alike(stats)
+    yield from stats.notes
     if stats.silent:
         yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
 

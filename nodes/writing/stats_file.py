@@ -36,6 +36,7 @@ def save(stats: Stats, path: Path, prompts: bool) -> None:
     known = {
         "with_clip": stats.with_clip,
         "silent": stats.silent,
+        "notes": stats.notes,
         "collections": [one.as_json() for one in collections],
     }
     write_safetensors(tensors, path, {**header, HEADER: json.dumps(known)})
@@ -65,7 +66,7 @@ def load(path: Path, model: Any, tasks: Sequence[Task], clip: Any = None) -> Sta
     collections = [one.reordered(order) for one in collections]
     return Stats(
         *(tuple(loras), calibration, text, known["with_clip"], tuple(known["silent"])),
-        *(describe(model, loras, collections), tuple(collections)),
+        *(describe(model, loras, collections), tuple(collections), tuple(known["notes"])),
     )
 
 
@@ -76,7 +77,8 @@ def _header(path: Path) -> tuple[dict[str, Any], list[Circumstances]]:
     try:
         known = json.loads(header[HEADER])
         collections = [Circumstances.from_json(one) for one in known["collections"]]
-        return {"with_clip": known["with_clip"], "silent": known["silent"]}, collections
+        told = {"with_clip": known["with_clip"], "silent": known["silent"], "notes": known.get("notes", [])}
+        return told, collections
     except (KeyError, TypeError, ValueError) as error:
         raise StatisticsError(f"{path.name} is damaged ({error!r}); collect and save the statistics again.") from error
 

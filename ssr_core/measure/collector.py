@@ -20,7 +20,7 @@ from ..statistics.case import Case, singles
 from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
 from .recording import Recording
-from .refinement import Refinement
+from .refinement import Refinement, Uncompared
 from .requirement import Requirement, statistics_dtype
 from .sketch import principal_rows
 
@@ -63,6 +63,7 @@ class StatisticsCollector:
         self._names: dict[str, str] = {}
         self._surveyed = 0  # context rows that the surveys looked for
         self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.uncompared: dict[str, Uncompared] = {}  # modules of which no case is refined, and why
         self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
 
     @contextmanager
@@ -119,9 +120,11 @@ class StatisticsCollector:
         found = dict(refinement.corrections())
         refinement.clear()
         self._know(speaking, number)
-        self._corrections.update(
-            {s: self._corrections[s] + c if s in self._corrections else c for s, c in found.items()}
-        )
+        self.uncompared.update(refinement.uncompared)
+        for site, seen in found.items():
+            self._corrections[site] = self._corrections[site] + seen if site in self._corrections else seen
+        for site in [site for site in self._corrections if site.module in self.uncompared]:
+            del self._corrections[site]
 
     @contextmanager
     def recording(self, case: int | Sequence[int], survey: int = 0, tokens: int = 0) -> Iterator[Recording]:

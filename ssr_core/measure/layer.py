@@ -18,6 +18,7 @@ from ..lora.site import canonical
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
 WIDENED = ("cpu", "mps")  # where half precision is computed in float32: they have no fast product with a wide result
 
+_LINEAR, _CONVOLUTION = ("in_features", "out_features"), ("kernel_size", "stride", "padding", "dilation")
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -54,13 +55,19 @@ class Layer:
     name: str
 
     def __post_init__(self) -> None:
+        if len(self.weight_shape) not in (2, *_CONV):
+            raise ModelMismatchError(
+                f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer."
+            )
         if self.weight_shape[2:] and getattr(self.module, "groups", 1) != 1:
             raise ModelMismatchError(f"{self.name} is a grouped convolution, which cannot be merged by routing.")
         if getattr(self.module, "transposed", False):
             raise ModelMismatchError(f"{self.name} is a transposed convolution, which cannot be merged by routing.")
-        if len(self.weight_shape) not in (2, *_CONV):
+        if not multiplies(self.module):
             raise ModelMismatchError(
-                f"{self.name} has a weight of shape {self.weight_shape}; it is no linear or conv layer."
+                f"{self.name} is a {type(self.module).__name__}, of which nobody knows that it multiplies its input "
+                "with its weight: it has neither in_features nor kernel_size, as linear and conv layers have. Leave "
+                "its updates out, or sum them."
             )
 
     @property
@@ -193,6 +200,20 @@ def find_layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name:
             "or do its keys carry a prefix that the model's module names lack?"
         )
     return Layer(modules[found], found)
+
+
+def multiplies(module: Any) -> bool:
+    """Whether a module is a linear layer or a plain convolution, of whichever class.
+
+    A weight of two axes does not tell: gates that choose experts, Fourier features and layers that scale their weight
+    have one, too. What stands in for torch's layers (packed weights, say) has their attributes.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is None or not 2 <= len(weight.shape) <= 5:
+        return False
+    names = _LINEAR if len(weight.shape) == 2 else _CONVOLUTION
+    plain = getattr(module, "groups", 1) == 1 and not getattr(module, "transposed", False)
+    return plain and all(hasattr(module, name) for name in names)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

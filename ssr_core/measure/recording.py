@@ -109,9 +109,14 @@ class Recording:
         return any(tap.calls for tap in self._taps)
 
     @property
-    def silent(self) -> list[str]:
-        """Modules that should have run and did not."""
-        return [tap.module for tap in self._taps if not tap.calls]
+    def ran(self) -> set[str]:
+        """Modules that ran while the hooks were on."""
+        return {tap.module for tap in self._taps if tap.calls}
+
+    @property
+    def idle(self) -> set[str]:
+        """Modules that a LoRA changes and that did not run."""
+        return {tap.module for tap in self._taps if not tap.calls}
 
     @property
     def followers(self) -> dict[str, str]:

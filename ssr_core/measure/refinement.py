@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from ..errors import StatisticsError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..lora.subspace import Subspace
@@ -36,8 +36,19 @@ class Alone:
     x: Tensor | None = None  # its input, in order to see whether the merge changes that at all
 
 
+class Uncompared(Enum):
+    """Why a layer is measured and not refined."""
+
+    TOKENS = "saw other tokens under the merge than under the LoRA alone, as where each chooses its expert"
+    CALLS = "did not run as often under the merge as under the LoRA alone, as where a node skips steps"
+
+
 class Refinement(Recording):
-    """Hooks with two branches. Run the model on the same input first inside `alone`, then inside `merged`."""
+    """Hooks with two branches. Run the model on the same input first inside `alone`, then inside `merged`.
+
+    What runs in neither (text embeddings, before the first step) has the LoRA alone active, see `outside`; what runs in
+    the two branches in different ways is in `uncompared`. Neither is compared, nor gets a correction.
+    """
 
     def __init__(
         self,
@@ -50,7 +61,9 @@ class Refinement(Recording):
     ) -> None:
         super().__init__(subspaces, case, {task: strengths[task] for task in speakers}, tokens=tokens)
         self._updates, self._strengths = updates, tuple(strengths)
-        self._alone = True
+        self.uncompared: dict[str, Uncompared] = {}  # by module
+        self.outside: set[str] = set()  # modules that ran in neither branch
+        self._branch: bool | None = None  # whether the LoRA is alone; None outside of both branches
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
         self._placed: dict[tuple[str, Place], Merged] = {}
         self._waiting: dict[str, deque[Alone]] = {}  # by layer
@@ -61,27 +74,30 @@ class Refinement(Recording):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, the case's LoRAs are active and the outputs of the layers are kept."""
-        self._alone = True
-        yield
+        with self._in_branch(True):
+            yield
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Inside, the merge is active and its inputs are compared with what `alone` kept.
+        """Inside, the merge is active and its inputs are compared with what `alone` kept."""
+        with self._in_branch(False):
+            yield
+        for module, waiting in self._waiting.items():
+            if waiting:
+                self._give_up(module, Uncompared.CALLS)
+                waiting.clear()
 
-        Raises:
-            StatisticsError: a layer ran under the LoRA alone and not under the merge.
-        """
-        self._alone = False
+    @contextmanager
+    def _in_branch(self, alone: bool) -> Iterator[None]:
+        self._branch = alone
         try:
             yield
         finally:
-            self._alone = True
-        if unmatched := [name for name, waiting in self._waiting.items() if waiting]:
-            raise StatisticsError(
-                f"{len(unmatched)} layers, such as {unmatched[0]}, ran under the LoRA alone but not under the merge, "
-                "so they cannot be compared. A node that skips steps (EasyCache, TeaCache) answered for them: connect "
-                "the model before it, or collect without refinement."
-            )
+            self._branch = None
+
+    def _give_up(self, module: str, why: Uncompared) -> None:
+        """Compare nothing of a module, neither before nor after: a part of its tokens would stand for all."""
+        self.uncompared[module] = why
 
     def close(self) -> None:
         super().close()
@@ -99,8 +115,8 @@ class Refinement(Recording):
             StatisticsError: activations were not finite.
         """
         for site, seen in self.statistics():
-            if site not in self._targets:
-                continue  # its layer never ran
+            if site not in self._targets or site.module in self.uncompared:
+                continue  # its layer never ran, or not in the same way
             space = self._subspaces[site]
             found = self._targets[site].to("cpu", torch.float32)
             targets = tuple(found if case == self.case else NOT_RUN for case in range(len(seen.tokens)))
@@ -109,34 +125,37 @@ class Refinement(Recording):
             yield site, correction
 
     def _respond(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor) -> Tensor:
-        waiting = self._waiting.setdefault(layer.name, deque())
-        if self._alone:
+        waiting = self._waiting.setdefault(tap.module, deque())
+        if self._branch is not False:
             result = layer.writable(x, output)
             self._add(tap, layer, where, x, result, tap.ups(where))
-            waiting.append(self._kept(tap, layer, x, result))
+            if self._branch:
+                waiting.append(self._kept(tap, layer, x, result))
+            else:
+                self.outside.add(tap.module)
             return result
-        if not waiting:
-            raise StatisticsError(f"{layer.name} ran under the merge more often than under the LoRA alone.")
-        alone = waiting.popleft()
-        if alone.count != layer.positions(output):
-            raise StatisticsError(
-                f"{layer.name} saw {alone.count} tokens under the LoRA alone and {layer.positions(output)} under the "
-                "merge, so they cannot be compared. Both have to run on the same batch; or collect without refinement."
-            )
-        if alone.x is not None and torch.equal(alone.x, x):
-            self._unmoved.add(tap)
-        elif alone.tokens is not None:
-            self._compare(tap, layer, where, x, output, alone.chosen, alone.tokens)
+        self._look(tap, layer, where, x, output, waiting.popleft() if waiting else None)
         result = layer.writable(x, output)
         for site, placed, up in self._merged(tap, layer, where):
             for piece, written in layer.pieces(x, result, placed.rank, where[1]):
                 add_product(written[..., site.start : site.stop], layer.project(piece, placed), up)
         return result
 
+    def _look(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor, alone: Alone | None) -> None:
+        """Compare a call with the same one under the LoRA alone, if that is what `alone` is."""
+        if alone is None:
+            self._give_up(tap.module, Uncompared.CALLS)
+        elif alone.count != layer.positions(output):
+            self._give_up(tap.module, Uncompared.TOKENS)
+        elif alone.x is not None and torch.equal(alone.x, x):
+            self._unmoved.add(tap)
+        elif alone.tokens is not None and tap.module not in self.uncompared:
+            self._compare(tap, layer, where, x, output, alone.chosen, alone.tokens)
+
     def _kept(self, tap: Tap, layer: Layer, x: Tensor, result: Tensor) -> Alone:
         """What has to wait for the merge."""
         count = layer.positions(result)
-        if not tap.counted or tap in self._unmoved:
+        if not tap.counted or tap in self._unmoved or tap.module in self.uncompared:
             return Alone(count)
         chosen = self._choice.of(count, x.device, tap.calls + tap.number)
         tokens = layer.outputs(result)

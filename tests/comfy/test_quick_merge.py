@@ -178,6 +178,30 @@ def test_lines_of_combinations_go_along_with_a_stack(clip, files):
     assert [getattr(one, "which", "") for one in tasks] == ["", "", "all"]
 
 
+def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, files, pack_module):
+    """Both replace a norm: SSR Solve can drop it, and needs no new calibration for that."""
+    from safetensors.torch import load_file, save_file
+
+    norm = "diffusion_model.single_blocks.0.norm.key_norm"
+    for number, name in enumerate(("cat", "house")):
+        setting = {f"{norm}.set_weight": torch.full((128,), 1.0 + number)}
+        save_file(load_file(files / f"{name}.safetensors") | setting, files / f"set_{name}.safetensors")
+    inputs = chosen("set_cat.safetensors", "set_house.safetensors")
+    lost = pytest.raises(pack_module("ssr_core").SSRError, match=r"replace .* SSR Load Stats lists it as kept_\d+_")
+    with lost as raised:
+        quick(model, clip, **inputs)
+    (name,) = [name for name in pack_module("nodes.writing.stats_folder").listed() if name in str(raised.value)]
+    tasks = ()
+    for lora, strength in (("set_cat", 1.0), ("set_house", 0.6)):
+        given = {"lora_name": f"{lora}.safetensors", "strength": strength}
+        tasks = execute(node("add_lora.SSRAddLoRA"), **given, tasks=tasks)[0]
+    stats = execute(node("load_stats.SSRLoadStats"), file=name, model=model, tasks=tasks, clip=clip)[0]
+    settings = {"ridge": 0.01, "rank": 0, "routing": 1.0, "strengths": "", "layers": "drop key_norm"}
+    lora, _ = execute(node("solve.SSRSolve"), stats=stats, **settings)
+    wanted = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))[2]
+    assert lora.keys() == wanted.keys()
+
+
 def test_it_can_polish_the_merge(model, clip, files):
     """As SSR Polish does, and nothing is trained unless asked for."""
     plain = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
-from run_nodes import collect, hooks, load_lora, sample, task
+from run_nodes import collect, hooks, load_lora, sample, solve, task
 from tiny_flux import flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
@@ -88,6 +88,69 @@ def test_a_wrapper_of_another_pack_that_fails_leaves_no_hook_of_ours(error, tiny
     assert hooks(model) == 0
     assert list(wrapped.wrappers[extension.WrappersMP.DIFFUSION_MODEL]) == ["other pack"]
     assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a wrapper broke"), torch.OutOfMemoryError("no memory is left")])
+def test_what_was_measured_survives_whatever_fails_while_refining(error, tiny_flux):
+    import comfy.patcher_extension as extension
+
+    model, calls = tiny_flux(), []
+    measured, steps = collect(model, *two(), steps=3), 2 * (3 + 3)
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > steps + 8:  # in the second LoRA's comparison
+            raise error
+        return executor(*args, **kwargs)
+
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "other pack", wrapper)
+    stats = collect(wrapped, *two(), steps=3, refine=1)
+    assert hooks(model) == 0
+    assert len(calls) == steps + 9
+    assert all(torch.equal(a, b) for a, b in zip(grams(measured), grams(stats), strict=True))
+    assert stats.calibration.corrections == {}
+    lora, report = solve(stats)
+    assert f"Refining failed ({type(error).__name__}: {error})" in report
+    plain = solve(measured)[0]
+    assert all(torch.equal(lora[key], plain[key]) for key in plain)
+
+
+def test_a_round_that_fails_leaves_the_rounds_before_it(tiny_flux):
+    import comfy.patcher_extension as extension
+
+    model, calls = tiny_flux(), []
+    once = collect(model, *two(), steps=3, refine=1)
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2 * (3 + 3 + 6) + 8:
+            raise RuntimeError("a wrapper broke")
+        return executor(*args, **kwargs)
+
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "other pack", wrapper)
+    kept = collect(wrapped, *two(), steps=3, refine=2).calibration.corrections
+    assert kept.keys() == once.calibration.corrections.keys()
+    assert all(torch.equal(kept[s].target, c.target) for s, c in once.calibration.corrections.items())
+
+
+def test_a_stop_while_refining_stops(tiny_flux):
+    import comfy.model_management
+    import comfy.patcher_extension as extension
+
+    model, calls = tiny_flux().clone(), []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 14:
+            comfy.model_management.interrupt_current_processing()
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "other pack", wrapper)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        collect(model, *two(), steps=3, refine=1)
+    assert hooks(model) == 0
 
 
 def test_patches_and_options_of_others_on_the_model_are_as_they_were(tiny_flux):

@@ -82,7 +82,7 @@ def sample_hooked(family, lora, model=None):
     one, seen = task(family, lora), []
     plan = runs.plan(case_prompts.cases_of([one], ()), runs.Sampling(0, STEPS, "euler", "simple"), context=0, refine=0)
     with torch.inference_mode():
-        _, silent = calibrate.calibrate(
+        _, silent, _ = calibrate.calibrate(
             *(model, [patches.read_task(one, model)], plan, FAMILIES[family].latent(), 0),
             on_step=seen.append,
             on_run=lambda number: None,

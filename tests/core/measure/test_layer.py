@@ -90,6 +90,28 @@ def test_a_layer_that_cannot_be_routed_is_refused_by_name(module, kind):
     assert not module._forward_hooks
 
 
+class Scaled(nn.Module):
+    """As StyleGAN's equalized layers: what it multiplies with is not its weight."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / 3)
+
+
+@pytest.mark.parametrize("module", [Scaled(4, 4), Scaled(4, 4, 1, 1), nn.LayerNorm((4, 4)), nn.Embedding(4, 4)])
+def test_a_weight_of_two_or_four_axes_makes_no_linear_layer(module):
+    assert not layer.multiplies(module)
+    lora = random_lora("cat", nn.ModuleDict({"gate": nn.Linear(4, 4)}), 2)
+    with (
+        pytest.raises(ModelMismatchError, match=r"gate is a .* nobody knows that it multiplies"),
+        StatisticsCollector([lora]).watching(nn.ModuleDict({"gate": module}), 0),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["linear on tokens", "conv2d strided", "conv3d"])
 @pytest.mark.parametrize("chunk_bytes", [1, 300, 1000])
 def test_pieces_of_any_size_add_up_to_one_pass(kind, chunk_bytes, monkeypatch):
