@@ -148,7 +148,7 @@ def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]
     yield from _called_alike(stats)
     yield from stats.notes
     if stats.silent:
-        yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}."
+        yield f"{len(stats.silent)} layers never ran while collecting, such as {stats.silent[0]}, and are summed."
 
 
 def _called_alike(stats: Stats) -> Iterator[str]:

@@ -66,7 +66,8 @@ def load(path: Path, model: Any, tasks: Sequence[Task], clip: Any = None) -> Sta
     collections = [one.reordered(order) for one in collections]
     return Stats(
         *(tuple(loras), calibration, text, known["with_clip"], tuple(known["silent"])),
-        *(describe(model, loras, collections), tuple(collections), tuple(known["notes"])),
+        *(describe(model, loras, collections), tuple(collections)),
+        notes=tuple(known["notes"]),
     )
 
 

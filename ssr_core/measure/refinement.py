@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,8 +97,13 @@ class Refinement(Recording):
             self._branch = None
 
     def _give_up(self, module: str, why: Uncompared) -> None:
-        """Compare nothing of a module, neither before nor after: a part of its tokens would stand for all."""
-        self.uncompared[module] = why
+        """Compare nothing of a module, neither before nor after: a part of its tokens would stand for all.
+
+        Nor of those of its name but for numbers: another expert may have got as many tokens, and not the same.
+        """
+        if module not in self.uncompared:
+            alike = (tap.module for tap in self._taps if _numberless(tap.module) == _numberless(module))
+            self.uncompared.update(dict.fromkeys(alike, why))
 
     def close(self) -> None:
         super().close()
@@ -190,3 +196,7 @@ class Refinement(Recording):
             known = [(site, layer.place(update.down, where), PlacedUp.of(update.up, where)) for site, update in updates]
             self._placed[tap.module, where] = known
         return known
+
+
+def _numberless(module: str) -> str:
+    return re.sub(r"\d+", "*", module)

@@ -111,7 +111,7 @@ class Report:
     def _remarks(self) -> list[str]:
         remarks = [line] if (line := apart(self.names, self.cases)) else []
         if unseen := [site for site in self.routed if sum(site.tokens) == 0]:
-            remarks.append(f"{_count(unseen)} saw no token and got the mean of the LoRAs: {_some(unseen)}.")
+            remarks.append(f"{_count(unseen)} saw no token and got the sum of the LoRAs: {_some(unseen)}.")
         if short := [site for site in self.short_of_tokens() if sum(site.tokens)]:
             remarks.append(
                 f"{_count(short)} saw fewer tokens than their joint rank, so the ridge decides there more than the "

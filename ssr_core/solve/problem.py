@@ -92,13 +92,16 @@ class Problem:
         Raises:
             SolveError: its correlation matrix is singular.
         """
-        routing = 0.0 if self.treatments[site] == "stack" else self.settings.routing
+        statistics = self._measured.get(site)
+        # nobody knows how to part what was never heard: a mean would weaken every LoRA there (the paper has no word)
+        unheard = self.settings.ridge.prior and statistics is not None and not sum(statistics.tokens)
+        routing = 0.0 if unheard or self.treatments[site] == "stack" else self.settings.routing
         correction = self._corrections.get(site)
         if correction is not None and self.writer is not None:
             whole = self.calibration.subspaces[site].scaled(self.strengths)
             correction = correction.share(self.writer, whole, self.calibration.cases)
         return solve_site(
-            *(site, self._scaled(site), self._measured.get(site), correction),
+            *(site, self._scaled(site), statistics, correction),
             *(self._weights[site], self.settings.ridge, routing, self.calibration.cases),
         )
 

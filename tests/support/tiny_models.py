@@ -45,22 +45,28 @@ def detected(name: str, config: dict[str, Any]) -> Callable[[], Any]:
     return lambda: loaded(_made(name, config).diffusion_model.state_dict())
 
 
-def constructed(name: str, config: dict[str, Any]) -> Callable[[], Any]:
-    """Builds a model that ComfyUI would not recognise, because its detection expects the sizes of the real one."""
+def constructed(
+    name: str, config: dict[str, Any], change: Callable[[Any], None] = lambda diffusion_model: None
+) -> Callable[[], Any]:
+    """Builds a model that ComfyUI would not recognise, because its detection expects the sizes of the real one.
+
+    `change` makes smaller what has a fixed size.
+    """
 
     def build() -> Any:
         patcher, management = (importlib.import_module(f"comfy.{m}") for m in ("model_patcher", "model_management"))
         devices = {"load_device": management.get_torch_device(), "offload_device": management.unet_offload_device()}
-        return patcher.CoreModelPatcher(_made(name, config), **devices)
+        return patcher.CoreModelPatcher(_made(name, config, change), **devices)
 
     return build
 
 
-def _made(name: str, config: dict[str, Any]) -> Any:
+def _made(name: str, config: dict[str, Any], change: Callable[[Any], None] = lambda diffusion_model: None) -> Any:
     """A BaseModel of the class that `comfy.supported_models.<name>` stands for, with random weights."""
     supported = getattr(importlib.import_module("comfy.supported_models"), name)(config)
     supported.set_inference_dtype(torch.float32, None)
     model = supported.get_model({}, "")
+    change(model.diffusion_model)
     generator = torch.Generator().manual_seed(0)
     weights = {key: _random(key, value, generator) for key, value in model.diffusion_model.state_dict().items()}
     model.diffusion_model.load_state_dict(weights)
@@ -101,7 +107,7 @@ _UNET = {
     "use_temporal_attention": False,
     "use_temporal_resblock": False,
 }
-_SD15 = {
+SD15_CONFIG = {
     **_UNET,
     "adm_in_channels": None,
     "context_dim": 24,
@@ -234,7 +240,7 @@ _Z_IMAGE = {
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }
-_WAN = {
+WAN_CONFIG = {
     "image_model": "wan2.1",
     "model_type": "t2v",
     "dim": 128,
@@ -265,7 +271,7 @@ _FAMILIES = (
     ),
     Family("Flux2", detected("Flux2", _FLUX2), _latent(128, 4, 4), _conditioning(24)),
     Family("Chroma", constructed("Chroma", _CHROMA), _latent(16, 8, 8), _conditioning(24)),
-    Family("SD1.5", constructed("SD15", _SD15), _latent(4, 8, 8), _conditioning(24)),
+    Family("SD1.5", constructed("SD15", SD15_CONFIG), _latent(4, 8, 8), _conditioning(24)),
     Family("SDXL", constructed("SDXL", _SDXL), _latent(4, 8, 8), _conditioning(24, pooled=16)),
     Family("SD3", detected("SD3", _SD3), _latent(16, 8, 8), _conditioning(24, pooled=16)),
     Family(
@@ -278,7 +284,7 @@ _FAMILIES = (
     Family("Z-Image", constructed("ZImage", _Z_IMAGE), _latent(16, 8, 8), _conditioning(24)),
     Family("Lumina2", constructed("Lumina2", _LUMINA2), _latent(16, 8, 8), _conditioning(24)),
     Family("Krea2", detected("Krea2", _KREA2), _latent(16, 8, 8), _conditioning(3 * 40)),
-    Family("Wan2.1", detected("WAN21_T2V", _WAN), _latent(16, 2, 4, 4), _conditioning(4096)),
+    Family("Wan2.1", detected("WAN21_T2V", WAN_CONFIG), _latent(16, 2, 4, 4), _conditioning(4096)),
     Family("HunyuanVideo", detected("HunyuanVideo", _HUNYUAN_VIDEO), _latent(16, 2, 4, 4), _conditioning(24, 768)),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}

@@ -336,7 +336,7 @@ def test_a_layer_that_never_runs_is_told_and_stops_nothing(tiny_flux):
         lora["diffusion_model.idle.lora_A.weight"] = torch.randn(2, 128)
         lora["diffusion_model.idle.lora_B.weight"] = torch.randn(128, 2)
     _, report = solve(collect(model, *map(task, loras), steps=3, refine=1))
-    assert "1 layers never ran while collecting, such as diffusion_model.idle" in report
+    assert "1 layers never ran while collecting, such as diffusion_model.idle, and are summed." in report
 
 
 def test_the_memory_that_collecting_takes_is_told_before_it_starts(tiny_flux, monkeypatch):

@@ -179,22 +179,37 @@ def test_where_a_step_cache_answers_for_the_merge_nothing_is_compared_and_what_w
     assert all(torch.equal(after.statistics[site].gram, known.gram) for site, known in before.statistics.items())
 
 
-def test_a_layer_that_sees_other_tokens_under_the_merge_gets_no_correction_of_any_case():
-    """As where each token chooses its expert; the other layers are refined."""
-    model = mlp()
-    collector = watched(model, loras_for(model))
+class Experts(nn.Module):
+    """Each token goes to the first expert if its first value is positive, else to the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.experts = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        x = self.first(x)
+        return torch.cat([expert(x[chosen == number]) for number, expert in enumerate(self.experts)])
+
+
+def test_experts_that_see_other_tokens_under_the_merge_get_no_correction_of_any_case():
+    """Though one of them may see as many in some call; the other layers are refined."""
+    model = Experts().double()
+    collector = StatisticsCollector([random_lora("cat", model, 3, 1), random_lora("dog", model, 2, 2)])
+    x, chosen = random(40, 8), torch.arange(40) % 2
+    for task in range(2):
+        with torch.no_grad(), collector.watching(model, task):
+            model(x, chosen)
     updates = merge(collector.calibration()).updates
-    refine(collector, model, updates)
-    x = batches()[0]
-    with torch.no_grad(), collector.refining(model, 0, updates) as run:
-        with run.alone():
-            model(x)
-        with run.merged():
-            model[2](model[1](model[0](x))[:7])
-    assert collector.uncompared == {"2": Uncompared.TOKENS}
-    assert {site.module for site in collector.calibration().corrections} == {"0"}
-    refine(collector, model, updates)
-    assert {site.module for site in collector.calibration().corrections} == {"0"}
+    for task, under_the_merge in ((0, chosen), (1, torch.where(chosen == 0, 3, chosen)), (0, chosen)):
+        with torch.no_grad(), collector.refining(model, task, updates) as run:
+            with run.alone():
+                model(x, chosen)
+            with run.merged():
+                model(x, under_the_merge)
+        expected = {"first"} if collector.uncompared else {"first", "experts.0", "experts.1"}
+        assert {site.module for site in collector.calibration().corrections} == expected
+    assert collector.uncompared == {"experts.0": Uncompared.TOKENS, "experts.1": Uncompared.TOKENS}
 
 
 def test_what_runs_in_neither_branch_has_the_lora_alone_active_and_is_told():

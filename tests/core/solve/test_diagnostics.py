@@ -124,7 +124,7 @@ def test_sites_with_fewer_tokens_than_rank_are_named():
 
 def test_sites_that_saw_nothing_are_named_and_not_called_short():
     report = Report(("cat", "dog"), (1.0, 1.0), (site_report(), site_report("b", (0, 0))))
-    assert "1 site saw no token and got the mean of the LoRAs: b." in str(report)
+    assert "1 site saw no token and got the sum of the LoRAs: b." in str(report)
     assert "fewer tokens" not in str(report)
 
 
@@ -141,7 +141,7 @@ def test_a_merge_that_saw_enough_has_no_remarks():
 
 def test_long_lists_of_sites_are_cut_short():
     sites = tuple(site_report(f"blocks.{index}", (0, 0)) for index in range(5))
-    assert "5 sites saw no token and got the mean of the LoRAs: blocks.0, blocks.1, blocks.2, ...." in str(
+    assert "5 sites saw no token and got the sum of the LoRAs: blocks.0, blocks.1, blocks.2, ...." in str(
         Report(("cat", "dog"), (1.0, 1.0), sites)
     )
 
@@ -159,7 +159,7 @@ def test_notes_of_the_host_end_the_text():
 def test_the_report_of_a_merge_names_unseen_and_short_sites():
     unseen = merge(calibration_at(SITE, updates(), tokens((0, 0, 0)))).report
     short = merge(calibration_at(SITE, updates(), tokens((1, 1, 2)))).report
-    assert "1 site saw no token and got the mean of the LoRAs: blocks.0." in str(unseen)
+    assert "1 site saw no token and got the sum of the LoRAs: blocks.0." in str(unseen)
     assert "1 site saw fewer tokens than their joint rank" in str(short)
 
 
