@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..ssr_core import MergeSettings, Ridge, advise, find_conflict
+from ..ssr_core.report.advice import details
 from .calibrating.stats import Stats
 from .calibrating.text_encoder import text_settings
 from .pictures.charts import chart
@@ -53,6 +54,6 @@ class SSRReport(io.ComfyNode):
         if stats.text is not None and stats.text.statistics:
             scaled = tuple(lora.task.text_strength for lora in stats.loras)
             of_text = find_conflict(stats.text, text_settings(replace(settings, strengths=scaled)))
-            report += f"\n\nText encoder: {advise(of_text)}"
+            report += f"\n\nText encoder: {details(of_text)}"
         picture = chart(conflict)
         return io.NodeOutput(report, picture, ui=ui.PreviewImage(picture))

@@ -12,16 +12,19 @@ import torch
 from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
+from ...ssr_core.solve.likeness import alike
 from ..reading.combination import Combination, parted
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_tasks
 from ..reading.task import Task
+from ..wording.trigger_words import namesakes, phrases
 from .case_prompts import PAIRS, CasePrompts, cases_of
 from .circumstances import Circumstances
 from .diffusion_model import calibrate
 from .memory import size
 from .metadata import describe
 from .progress import show_steps
+from .prompt import texts
 from .runs import REFINE, Sampling, plan
 from .stats import Sampled, Stats
 from .text_encoder import calibrate_text
@@ -72,7 +75,7 @@ def collect(
         before=before,
         earlier=earlier,
     )
-    tell(_summary(calibration, cases, time.perf_counter() - started))
+    tell("\n".join([_summary(calibration, cases, time.perf_counter() - started), *_warnings(calibration, loras)]))
     of_text = (None,) * len(loras) if text is None else text.loras
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
@@ -127,6 +130,16 @@ def _summary(calibration: Calibration, cases: Sequence[CasePrompts], seconds: fl
         f"{loras} LoRAs, {len(calibration.subspaces)} sites. "
         f"{prompts} prompts{together}, {min(calibration.tokens, default=0):,} tokens a LoRA. {seconds:.1f} s."
     )
+
+
+def _warnings(calibration: Calibration, loras: Sequence[LoadedLora]) -> list[str]:
+    """Of LoRAs that nothing can tell apart: they are one and the same, or their prompts call both."""
+    names = calibration.names
+    called = [phrases(lora.source, texts(lora.task.conditioning)) for lora in loras]
+    found = [one.advice(names) for one in alike(calibration.subspaces)] + list(namesakes(names, called))
+    for line in found:
+        logging.warning("SSR Collect Stats: %s", line)
+    return found
 
 
 def _check_likeness(like: Stats, collection: Circumstances, clip: Any) -> None:

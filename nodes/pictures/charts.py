@@ -1,4 +1,4 @@
-"""Charts of a conflict, by matplotlib: where in the model it is, who disturbs whom, and what a smaller rank costs."""
+"""Charts of a conflict, by matplotlib: what is kept, where in the model it is lost, who disturbs whom, at what rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .picture import image_of
 
 WIDTH = 1024  # pixels; labels are still read at half of it
 DPI = 100
-INK, PAPER, ACCENT = "#20222a", "#ffffff", "#0d6e54"
+INK, PAPER, ACCENT, STACK = "#20222a", "#ffffff", "#0d6e54", "#e0a24f"
 SCALE = ["#f4f7f6", "#f6dfa4", "#e88a4a", "#b3293a", "#4f1230"]  # from nothing to as wrong as leaving a LoRA out
 NOT_LATIN = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Yu Gothic")
 MISSING = "The chart needs matplotlib. Install it in ComfyUI's Python: pip install matplotlib. The report is complete."
@@ -33,12 +33,15 @@ def chart(conflict: Conflict) -> Tensor:
         logging.warning(MISSING)
         return image_of(notice(MISSING))
     rows = len(conflict.cases)
-    top, bottom = 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
+    first, top, bottom = 0.9 + 0.62 * rows, 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
     with style():
-        figure: Any = Figure(figsize=(WIDTH / DPI, top + bottom), dpi=DPI, facecolor=PAPER, layout="constrained")
+        figure: Any = Figure(
+            figsize=(WIDTH / DPI, first + top + bottom), dpi=DPI, facecolor=PAPER, layout="constrained"
+        )
         canvas = FigureCanvasAgg(figure)
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, hspace=0.04, wspace=0.04)
-        upper, lower = figure.subfigures(2, 1, height_ratios=[top, bottom])
+        kept, upper, lower = figure.subfigures(3, 1, height_ratios=[first, top, bottom])
+        _kept(kept.subplots(), conflict)
         _blocks(upper, conflict)
         stacked, routed, ranks = lower.subplots(1, 3, width_ratios=[1, 1, 0.9])
         _cross_talk(stacked, conflict, "plain", "Cross-talk: stacked")
@@ -62,6 +65,24 @@ def style() -> Any:
             **{"axes.edgecolor": "#c9ccd1", "axes.titlelocation": "left", "axes.titlepad": 8},
         }
     )
+
+
+def _kept(axis: Any, conflict: Conflict) -> None:
+    """A row for each case: how much of its LoRAs is left, stacked and routed."""
+    rows = numpy.arange(len(conflict.cases))
+    for kind, colour, shift in (("stack", STACK, -0.19), ("merge", ACCENT, 0.19)):
+        left = (1 - conflict.error(kind)).clamp(0, 1).nan_to_num(0).numpy()
+        axis.barh(rows + shift, left, 0.34, color=colour, label="plain stack" if kind == "stack" else "routed")
+        for row, share in zip(rows, left, strict=True):
+            axis.text(share + 0.01, row + shift, f"{100 * share:.0f}%", va="center", fontsize=12)
+    axis.set_yticks(rows, _numbered(conflict.labels, 24))
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.08)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title("Kept of each LoRA, and of several at once")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, borderaxespad=0.2)
 
 
 def _blocks(figure: Any, conflict: Conflict) -> None:

@@ -8,17 +8,22 @@ from itertools import permutations
 
 from torch import Tensor
 
-from ..solve.merge_report import FEW_LEVELS, RANKS, apart
+from ..solve.merge_report import RANKS, apart
+from ..solve.summary import FAIR, FEW_LEVELS, WEAK, percent
 from .conflict import Conflict, most_of
 
-WEAK, FAIR = 0.5, 0.2  # errors from which on a LoRA comes out weak, or with losses
 NOTABLE = 0.05  # of a LoRA's own effect: cross-talk that is worth a line
 LOSS = 0.01  # that a recommended rank may cost
 EVERYWHERE = "all over the model"
 
 
 def advise(conflict: Conflict) -> str:
-    """A table of errors, the matrix of cross-talk, and a line for everything worth doing or expecting."""
+    """What to know first; then a table of errors, the matrix of cross-talk, and all that is worth doing."""
+    return f"{conflict.summary}\n\n{details(conflict)}"
+
+
+def details(conflict: Conflict) -> str:
+    """The advice without its first two sentences."""
     return "\n".join([*_table(conflict), "", *_matrix(conflict), "", *_findings(conflict)])
 
 
@@ -44,7 +49,7 @@ def _matrix(conflict: Conflict) -> Iterator[str]:
     plain, routed = conflict.cross_talk("plain"), conflict.cross_talk("routed")
     for i, (label, case) in enumerate(zip(conflict.labels, conflict.cases, strict=True)):
         cells = [
-            "-" if j in case.speakers else f"{_percent(plain[i, j])} -> {_percent(routed[i, j])}"
+            "-" if j in case.speakers else f"{percent(plain[i, j])} -> {percent(routed[i, j])}"
             for j in range(len(columns))
         ]
         yield f"{label:<{width}}" + "".join(f"  {cell:>{wide}}" for cell, wide in zip(cells, columns, strict=True))
@@ -59,10 +64,9 @@ def _findings(conflict: Conflict) -> Iterator[str]:
         yield line
     if line := _recommended_rank(conflict):
         yield line
-    coverage = min(one.coverage for one in conflict.sites)
-    if coverage < FEW_LEVELS:
+    if conflict.coverage < FEW_LEVELS:
         yield (
-            f"A LoRA was seen at {coverage} noise levels or samples only, so routing is held back. "
+            f"A LoRA was seen at {conflict.coverage} noise levels or samples only, so routing is held back. "
             f"Collect with {FEW_LEVELS} steps or more."
         )
 
@@ -75,8 +79,8 @@ def _rivals(conflict: Conflict, most: int = 4) -> Iterator[str]:
     for i, j in sorted(pairs, key=lambda pair: -plain[pair])[:most]:
         one, other = conflict.names[i], conflict.names[j]
         yield (
-            f"{other} disturbs {one}: stacked, it adds {_percent(plain[i, j])} of {one}'s own effect to its prompts, "
-            f"{_where(conflict.competing(i, j), conflict)}; routed, {_percent(routed[i, j])}."
+            f"{other} disturbs {one}: stacked, it adds {percent(plain[i, j])} of {one}'s own effect to its prompts, "
+            f"{_where(conflict.competing(i, j), conflict)}; routed, {percent(routed[i, j])}."
         )
 
 
@@ -84,7 +88,7 @@ def _expectations(conflict: Conflict) -> Iterator[str]:
     for name, stack, merge in zip(  # combinations and silence stand in the table
         conflict.names, conflict.error("stack").tolist(), conflict.error("merge").tolist(), strict=False
     ):
-        kept = f"routed, the layers keep {_percent(1 - merge)} of its effect"
+        kept = f"routed, the layers keep {percent(1 - merge)} of its effect"
         if math.isnan(merge):
             yield f"{name} has no effect on its own prompts: does it need a trigger word?"
         elif merge > WEAK:
@@ -95,7 +99,7 @@ def _expectations(conflict: Conflict) -> Iterator[str]:
         elif merge > FAIR:
             yield f"Expect some losses of {name}: {kept}. More prompts and steps help."
         else:
-            better = f"; stacked, they would be off by {_percent(stack)}" if stack > 2 * merge > 2 * NOTABLE else ""
+            better = f"; stacked, they would be off by {percent(stack)}" if stack > 2 * merge > 2 * NOTABLE else ""
             yield f"Expect {name} nearly as it is alone: {kept}{better}."
 
 
@@ -121,7 +125,7 @@ def _recommended_rank(conflict: Conflict) -> str:
     good = [rank for rank in RANKS if rank < conflict.rank and conflict.lost_at(rank) < LOSS]
     if not good:
         return ""
-    return f"A rank of {good[0]} in SSR Solve loses {_percent(conflict.lost_at(good[0]))} of the effect."
+    return f"A rank of {good[0]} in SSR Solve loses {percent(conflict.lost_at(good[0]))} of the effect."
 
 
 def _ranges(blocks: Sequence[str]) -> str:
@@ -142,13 +146,6 @@ def _run(stem: str, numbers: Sequence[int]) -> str:
     if not numbers:
         return stem
     return f"{stem}.{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
-
-
-def _percent(share: float | Tensor) -> str:
-    value = 100 * float(share)
-    if 0 < value < 0.05:
-        return "<0.1 %"
-    return "-" if math.isnan(value) else f"{value:.0f} %" if abs(value) >= 9.5 or not value else f"{value:.1f} %"
 
 
 def _figure(value: float | Tensor) -> str:

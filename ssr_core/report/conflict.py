@@ -21,9 +21,11 @@ from ..lora.site import Site
 from ..lora.subspace import Subspace
 from ..parallel import each
 from ..solve.diagnostics import effects, spoken
+from ..solve.likeness import Likeness, alike
 from ..solve.rank import Directions
 from ..solve.router import normal_equations, solve_router
 from ..solve.settings import MergeSettings
+from ..solve.summary import Summary
 from ..solve.weights import task_weights
 from ..statistics.calibration import Calibration
 from ..statistics.case import Case, singles
@@ -51,9 +53,21 @@ class Conflict:
     strengths: tuple[float, ...]
     sites: tuple[SiteConflict, ...]
     cases: tuple[Case, ...] = ()  # (C,) the first K are each LoRA by itself; given empty, there are no others
+    alike: tuple[Likeness, ...] = ()  # LoRAs that are the same subject
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cases", self.cases or singles(len(self.names)))
+
+    @property
+    def summary(self) -> Summary:
+        """What a merge would keep, and what to do next."""
+        stack, merge = (tuple(self.error(kind).tolist()) for kind in ("stack", "merge"))
+        return Summary(self.names, self.cases, stack, merge, self.coverage, self.alike, made=False)
+
+    @property
+    def coverage(self) -> int:
+        """Noise levels, or samples, of the LoRA that saw the fewest."""
+        return min(one.coverage for one in self.sites)
 
     @property
     def labels(self) -> list[str]:
@@ -135,7 +149,7 @@ def find_conflict(
     for found in each(at, list(calibration.statistics)):
         on_site(len(sites), len(calibration.statistics))
         sites.append(found)
-    return Conflict(calibration.names, strengths, tuple(sites), calibration.cases)
+    return Conflict(calibration.names, strengths, tuple(sites), calibration.cases, alike(calibration.subspaces))
 
 
 def _at_site(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import SolveError
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..parallel import each
 from ..statistics.calibration import Calibration
+from .likeness import alike
 from .merge_report import Report, SiteReport
 from .problem import Problem
 from .rank import Directions, spread_ranks
@@ -70,7 +71,8 @@ def merge_of(problem: Problem, on_site: OnSite = lambda done, total: None) -> Me
         reports.append(report)
         if update is not None:
             updates[site] = _in_float32(update, site)
-    return Merge(updates, Report(calibration.names, problem.strengths, tuple(reports), cases=calibration.cases))
+    whole = Report(calibration.names, problem.strengths, tuple(reports), cases=calibration.cases)
+    return Merge(updates, replace(whole, alike=alike(calibration.subspaces)))
 
 
 @dataclass(eq=False)

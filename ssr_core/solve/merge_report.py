@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from ..lora.site import Site
 from ..statistics.case import Case, singles, unheard
 from .diagnostics import Residual
+from .likeness import Likeness
+from .summary import FEW_LEVELS, Summary
 
-FEW_LEVELS = 4  # noise levels; with fewer the prior decides more than a person would expect
 RANKS = (4, 8, 16, 32, 64, 128, 256)  # at which the report tells what would be lost
 
 
@@ -44,13 +45,14 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge did, site by site. `str(report)` is the summary."""
+    """What a merge did, site by site. `str(report)` is the text: what to know first, then the table."""
 
     names: tuple[str, ...]
     strengths: tuple[float, ...]
     sites: tuple[SiteReport, ...]
     notes: tuple[str, ...] = ()  # lines of the host: parts that were carried, keys that did not match
     cases: tuple[Case, ...] = ()  # (C,) the first K are each LoRA by itself; given empty, there are no others
+    alike: tuple[Likeness, ...] = ()  # LoRAs that are the same subject
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cases", self.cases or singles(len(self.names)))
@@ -90,8 +92,27 @@ class Report:
         """Sites with fewer tokens than joint rank: the ridge decides there more than the data."""
         return tuple(site for site in self.routed if sum(site.tokens) < site.joint_rank)
 
+    @property
+    def summary(self) -> Summary:
+        """What is kept, and what to do next."""
+        numbers = range(len(self.cases))
+        stack, merge = (tuple(self.error(number, kind) for number in numbers) for kind in ("stack", "merge"))
+        seen = self._coverage or FEW_LEVELS  # it is not known of statistics of old
+        return Summary(self.names, self.cases, stack, merge, seen, self.alike)
+
     def __str__(self) -> str:
+        return f"{self.summary}\n\n{self.details}"
+
+    @property
+    def details(self) -> str:
+        """The text without its summary."""
         return "\n".join([*self._table(), *self._remarks(), *self.notes])
+
+    @property
+    def _coverage(self) -> int:
+        """Noise levels or samples that LoRAs were seen at; combinations have prompts of their own number."""
+        by_itself = slice(len(self.names))
+        return max((count for site in self.routed for count in site.coverage[by_itself]), default=0)
 
     def _table(self) -> list[str]:
         labels = [case.label(self.names) for case in self.cases]
@@ -121,8 +142,7 @@ class Report:
             remarks.append(f"{_count(dropped)} left out as asked: {_some(dropped)}.")
         if worse := self.worse_than_stack():
             remarks.append(f"{_count(worse)} fit worse than the plain stack: {_some(worse)}.")
-        by_itself = slice(len(self.names))  # combinations have prompts of their own number
-        seen = max((count for site in self.routed for count in site.coverage[by_itself]), default=0)
+        seen = self._coverage
         if 0 < seen < FEW_LEVELS:
             what, more = ("noise level", "steps") if self.routed[0].has_levels else ("sample", "prompts")
             remarks.append(

@@ -21,7 +21,7 @@ CORE = {
         *("recording", "refinement", "requirement", "collector", "distributed"),
     ),
     "solve": (
-        *("router", "rank", "selection", "settings", "diagnostics", "merge_report"),
+        *("router", "rank", "selection", "settings", "diagnostics", "likeness", "summary", "merge_report"),
         *("weights", "solution", "problem", "merge", "split"),
     ),
     "report": ("conflict", "advice"),

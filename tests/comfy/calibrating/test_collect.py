@@ -359,3 +359,15 @@ def test_too_little_memory_for_the_statistics_is_an_error_before_the_first_step(
     monkeypatch.setattr("comfy.samplers.CFGGuider.sample", lambda *args, **kwargs: pytest.fail("a step was sampled"))
     with pytest.raises(ValueError, match=r"need .* of memory, and 0 MB are free.*refine"):
         collect(tiny_flux(), *two())
+
+
+def test_epochs_of_one_training_are_told_to_be_the_same_subject(tiny_flux, caplog):
+    first, later = flux_lora(rank=3, seed=1), flux_lora(rank=3, seed=1)
+    later = {key: value * 1.2 + 0.02 * torch.randn_like(value) for key, value in later.items()}
+    epochs = task(first, "anna-000004"), task(later, "anna-000008", seeds=(2,))
+    stats = collect(tiny_flux(), *epochs, steps=1)
+    assert "keep one of anna-000004 and anna-000008" in caplog.text
+    assert "keep one of anna-000004 and anna-000008" in solve(stats)[1].splitlines()[1]
+    caplog.clear()
+    collect(tiny_flux(), epochs[0], task(flux_lora(rank=3, seed=5), "bert"), steps=1)
+    assert "keep one" not in caplog.text

@@ -33,6 +33,26 @@ def test_it_names_the_loras_and_the_blocks_and_tells_what_to_expect(stats):
     assert 0 <= picture.min() < 0.2 and 0.9 < picture.max() <= 1
 
 
+def test_it_begins_with_what_a_merge_would_keep_and_what_to_do_next(stats):
+    kept, following, empty, table = report(stats)[0].splitlines()[:4]
+    assert kept.startswith("The merge would keep ") and "% of cat and" in kept and "of a style" in kept
+    assert following.startswith("Next: ") and empty == "" and "before merging" in table
+
+
+def test_the_chart_has_a_row_more_for_each_case(stats):
+    core, charts = (importlib.import_module(f"ssr_pack.{name}") for name in ("ssr_core", "nodes.pictures.charts"))
+    site = lambda cases: core.SiteConflict(  # noqa: E731
+        *(core.Site.whole("blocks.0.linear", 8), *(torch.ones(cases, 2).double(),) * 2),
+        *((torch.ones(cases).double(),) * 3), *((1.0,), 8),
+    )  # fmt: skip
+    cases = (core.Case((0,)), core.Case((1,)), core.Case((0, 1)), core.Case(()))
+    heights = [
+        charts.chart(core.Conflict(("a", "b"), (1.0, 1.0), (site(count),), cases[:count])).shape[1]
+        for count in (2, 3, 4)
+    ]
+    assert heights[0] < heights[1] < heights[2]
+
+
 def test_drawing_leaves_matplotlibs_own_state_as_it_was(stats):
     matplotlib = pytest.importorskip("matplotlib")
     before, had_pyplot = matplotlib.rcParams.copy(), "matplotlib.pyplot" in sys.modules

@@ -102,7 +102,7 @@ def test_sites_of_one_lora_are_not_counted_in_the_errors():
 
 
 def test_the_text_has_one_line_per_lora_with_its_numbers():
-    lines = str(Report(("cat", "long name"), (1.0, 0.5), (site_report(),))).splitlines()
+    lines = Report(("cat", "long name"), (1.0, 0.5), (site_report(),)).details.splitlines()
     assert lines[0] == "2 LoRAs, 1 sites, 1 of them shared by two or more"
     assert lines[2].split() == ["cat", "1.00", "40", "0.500", "0.250"]
     assert lines[3].split() == ["long", "name", "0.50", "50", "0.500", "0.333"]
@@ -111,7 +111,7 @@ def test_the_text_has_one_line_per_lora_with_its_numbers():
 
 def test_an_error_that_cannot_be_known_is_a_dash():
     lonely = SiteReport(Site.whole("b", 6), (2, 0), 2)
-    lines = str(Report(("cat", "dog"), (1.0, 1.0), (lonely,))).splitlines()
+    lines = Report(("cat", "dog"), (1.0, 1.0), (lonely,)).details.splitlines()
     assert lines[2].split() == ["cat", "1.00", "0", "-", "-"]
 
 
