@@ -30,13 +30,17 @@ class Caches:
         if owner in self._states:
             self._restore(self._states[owner])
         else:
-            for module in self._modules:
-                getattr(module, CLEAR)()
+            self.clear()
         try:
             yield
         finally:
             self._states[owner] = self._state()
             self._restore(before)
+
+    def clear(self) -> None:
+        """Forget what is remembered now."""
+        for module in self._modules:
+            getattr(module, CLEAR)()
 
     def _state(self) -> State:
         return [{name: value for name, value in vars(one).items() if name not in _PYTORCH} for one in self._modules]

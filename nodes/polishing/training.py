@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management as management
 import torch
 
+from ..calibrating.caches import Caches
 from ..calibrating.sampling import uncompiled
 
 
@@ -23,8 +24,13 @@ def in_training(patcher: Any, need: int) -> Iterator[Any]:
         known = getattr(management, "in_training", False)
         management.in_training = True
         patcher.pre_run()
+        caches = Caches(patcher.model)
+        # points of all prompts and steps come in any order, and none may find what another left
+        forgetting = patcher.model.diffusion_model.register_forward_pre_hook(lambda module, args: caches.clear())
         try:
-            yield patcher.model
+            with caches.of("training"):
+                yield patcher.model
         finally:
+            forgetting.remove()
             patcher.cleanup()
             management.in_training = known

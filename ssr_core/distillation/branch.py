@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..lora.lora import Lora
 from ..lora.site import Site, canonical
-from ..measure.layer import Layer, find_layer
+from ..measure.finding import find_layer
+from ..measure.layer import Layer
 from .factors import Fixed, Place
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ModelMismatchError
-from ..lora.site import canonical
 
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
 WIDENED = ("cpu", "mps")  # where half precision is computed in float32: they have no fast product with a wide result
@@ -189,17 +188,6 @@ class Layer:
     def _batched(self, images: Tensor) -> Tensor:
         """Inputs or outputs of a convolution, which may be one image without a batch axis."""
         return images if images.ndim == len(self.weight_shape) else images[None]
-
-
-def find_layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
-    """The layer that LoRAs call `name`, in dots or in kohya's underscores."""
-    found = name if name in modules else known.get(canonical(name), "")
-    if not found or getattr(modules[found], "weight", None) is None:
-        raise ModelMismatchError(
-            f"The model ({type(model).__name__}) has no layer {name!r}. Was the LoRA trained for another model, "
-            "or do its keys carry a prefix that the model's module names lack?"
-        )
-    return Layer(modules[found], found)
 
 
 def multiplies(module: Any) -> bool:

@@ -13,7 +13,8 @@ from ..lora.site import Site, canonical
 from ..lora.subspace import Subspace
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .accumulator import Accumulator
-from .layer import Layer, PlacedUp, add_product, compute_dtype, find_layer, fits
+from .finding import find_layer
+from .layer import Layer, PlacedUp, add_product, compute_dtype, fits
 from .tap import Joint, Place, Tap, taps_of
 from .token_choice import Choice
 
