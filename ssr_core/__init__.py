@@ -21,8 +21,10 @@ stood beside each LoRA alone; with them the solution is no longer `up` times a r
 
 from .distillation.branch import Branch
 from .distillation.distil import DistillationSettings, Distilled, distil
+from .distillation.footprint import footprint
 from .distillation.judge import Evaluation
-from .distillation.point import Point, PointRecorder
+from .distillation.point import Point, PointRecorder, memory_of
+from .distillation.requirement import DistillationRequirement
 from .errors import LoraError, ModelMismatchError, SaveError, SolveError, SSRError, StatisticsError
 from .files.lora_file import load_lora, read_pairs, save_lora, to_state_dict
 from .files.statistics_file import load_statistics, save_statistics
@@ -58,6 +60,7 @@ __all__ = [
     "Case",
     "Conflict",
     "Correction",
+    "DistillationRequirement",
     "DistillationSettings",
     "Distilled",
     "Evaluation",
@@ -94,12 +97,14 @@ __all__ = [
     "concatenate",
     "distil",
     "find_conflict",
+    "footprint",
     "hadamard",
     "join_loras",
     "join_rows",
     "kronecker",
     "load_lora",
     "load_statistics",
+    "memory_of",
     "merge",
     "nearest",
     "normal_equations",

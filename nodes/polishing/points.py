@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Any
 
-from ...ssr_core import Branch, Case, Point, PointRecorder
+from ...ssr_core import Branch, Case, Point, PointRecorder, memory_of
 from ..calibrating.diffusion_model import prepared
 from ..calibrating.runs import REFINE_STEPS, Run
 from ..calibrating.sampling import OnStep, begin, sample
@@ -15,19 +16,65 @@ from ..reading.loaded_lora import LoadedLora
 LEARNT, JUDGED = 1000, 2000  # added to the calibration's seed: the same prompts from other noise are further points
 FEWEST = 32  # points of each case to learn from, however briefly it was measured
 STEPS = 8  # where it was measured at so few that most noise levels were never seen
-KEPT = 4  # held-out points of each case
+KEPT = 4  # held-out steps of each case
+
+Step = list[Point]  # one with a negative prompt may call the model twice
+
+
+class Notes:
+    """The points of each prompt, step by step.
+
+    Where they take more than `room` bytes, half of each prompt's steps are dropped, and the next prompt keeps the other
+    half, so that all noise levels stay.
+    """
+
+    def __init__(self, room: float) -> None:
+        self._room = room
+        self._halvings = 0
+        self._prompts: list[list[Step]] = []
+
+    @property
+    def every(self) -> int:
+        """Of so many steps one is kept."""
+        return int(2**self._halvings)
+
+    @property
+    def points(self) -> list[Point]:
+        return [point for steps in self._prompts for point in chain(*steps)]
+
+    def add(self, steps: list[Step]) -> None:
+        """What one prompt was sampled with."""
+        number = len(self._prompts)
+        for halving in range(self._halvings):
+            steps = _half(steps, number, halving)
+        self._prompts.append(steps)
+        while memory_of(self.points) > self._room and any(len(kept) > 1 for kept in self._prompts):
+            self._prompts = [_half(kept, number, self._halvings) for number, kept in enumerate(self._prompts)]
+            self._halvings += 1
+
+
+def _half(steps: list[Step], prompt: int, halving: int) -> list[Step]:
+    return steps[(prompt >> halving) & 1 :: 2] or steps
 
 
 class Teacher:
     """What is on the model while a case is sampled: its LoRAs, and who writes down the calls."""
 
-    def __init__(self, speaking: Sequence[LoadedLora], modules: Collection[str], recorder: PointRecorder) -> None:
-        """`modules`: the merge's own; what was dropped from it is not to come back through the others."""
+    def __init__(
+        self, case: int, speaking: Sequence[LoadedLora], modules: Collection[str], note: Callable[[list[Step]], None]
+    ) -> None:
+        """
+        Args:
+            modules: the merge's own; what was dropped from it is not to come back through the others.
+            note: given the steps of each prompt when it has been sampled.
+        """
         self._branch = Branch.of([lora.lora for lora in speaking], modules)
-        self._recorder = recorder
+        self._recorder, self._note = PointRecorder(case), note
+        self._begins: list[int] = []  # of the recorder's points, the first of each step
 
     def at(self, level: float) -> None:
-        """Noise levels are of no interest here."""
+        """A step begins."""
+        self._begins.append(len(self._recorder.points))
 
     def attach(self, model: Any) -> None:
         self._branch.attach(model)
@@ -36,6 +83,11 @@ class Teacher:
     def detach(self) -> None:
         self._branch.detach()
         self._recorder.detach()
+        points, self._recorder.points = self._recorder.points, []
+        begins, self._begins = self._begins, []
+        steps = [points[begin:end] for begin, end in pairwise([*begins, len(points)])]
+        if steps:
+            self._note([step for step in steps if step])  # a cache may have spared the model a step
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +97,11 @@ class Lesson:
     cases: tuple[Case, ...]
     points: tuple[Point, ...]
     held_out: tuple[Point, ...]
+    every: int = 1  # of so many steps of each prompt, one is among `points`
 
     @property
-    def bytes(self) -> int:
-        return sum(point.bytes() for point in (*self.points, *self.held_out))
+    def all(self) -> tuple[Point, ...]:
+        return (*self.points, *self.held_out)
 
 
 def record(
@@ -59,6 +112,7 @@ def record(
     on_step: OnStep,
     on_run: Callable[[int, int], None],
     before: Any = None,
+    room: float = float("inf"),
 ) -> Lesson:
     """Sample every prompt of every case again, from new noise; and a middle one of each once more, to judge by.
 
@@ -66,21 +120,24 @@ def record(
         modules: the merge's own; what was dropped from it shall not come back through the others.
         runs: each with its latent.
         before: the model that samples the steps before the first that is looked at.
+        room: bytes that the points to learn from may take; where all of them take more, fewer steps are kept.
     """
     cases = tuple(dict.fromkeys(run.case.case for run, _ in runs))
-    points: dict[int, list[Point]] = {LEARNT: [], JUDGED: []}
+    notes = Notes(room)
+    held_out: list[Point] = []
+
+    def judge_by(steps: list[Step]) -> None:
+        held_out.extend(chain(*steps[:: -(-len(steps) // KEPT)]))
+
     for number, (run, latent) in enumerate(runs):
         on_run(number, len(runs))
         speaking = [loaded[task] for task in run.case.case.speakers]
         for kind, one in _noised(run):
-            found = points[kind]
-            recorder = PointRecorder(cases.index(run.case.case))
-            teacher = Teacher(speaking, modules, recorder)
+            note = notes.add if kind == LEARNT else judge_by
+            teacher = Teacher(cases.index(run.case.case), speaking, modules, note)
             begun = begin(patcher, one, dict(latent), on_step, before) if one.unseen else ()
             sample(prepared(patcher, speaking), one, teacher, dict(latent), on_step, begun)
-            every = 1 if kind == LEARNT else -(-len(recorder.points) // KEPT)
-            found += recorder.points[::every]
-    return Lesson(cases, tuple(points[LEARNT]), tuple(points[JUDGED]))
+    return Lesson(cases, tuple(notes.points), tuple(held_out), notes.every)
 
 
 def steps_of(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> int:

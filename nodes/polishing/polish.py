@@ -14,6 +14,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...ssr_core import (
+    DistillationRequirement,
     DistillationSettings,
     Distilled,
     Evaluation,
@@ -23,6 +24,7 @@ from ...ssr_core import (
     distil,
 )
 from ...ssr_core.files.lora_file import to_state_dict
+from ..calibrating.memory import size
 from ..calibrating.progress import show_steps
 from ..calibrating.runs import Run
 from ..calibrating.stats import Stats
@@ -30,6 +32,7 @@ from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_task
 from ..reading.task import Task
 from ..writing.lora_model import LoraModel
+from .memory import look_for, needed, room_for_points
 from .points import Lesson, record, steps_of
 from .training import in_training
 
@@ -78,17 +81,20 @@ def polish(
         *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, sampled, bar)),
         lambda number, total: tell(f"{number + 1} of {total}: sampling, {runs[number][0].case.name}"),
         before,
+        room_for_points(),
     )
     patcher = model.clone()
     patcher.add_patches(dict(merged.patches), 1.0)
+    need = needed(patcher, merged.updates, lesson, settings.only_up)
+    look_for(need, patcher.load_device, tell)
     watch = _Watch(tell, settings, bar, sampled)
-    with watch.interruptible(), in_training(patcher, 0) as network:
+    with watch.interruptible(), in_training(patcher, need.device) as network:
         distilled = distil(
             *(network, network.diffusion_model, merged.updates, lesson.points, lesson.held_out, patcher.load_device),
             *(lesson.cases, settings, watch.on_point, watch.on_evaluation),
         )
     seconds = time.perf_counter() - started
-    report = _report(distilled, lesson, stats, settings, seconds)
+    report = _report(distilled, lesson, need, stats, settings, seconds)
     tell(report.splitlines()[0])
     labels = tuple(case.label([one.task.name for one in loras]) for case in lesson.cases)
     return Polished(_replaced(lora, merged.updates, distilled, settings), report, distilled.history, labels)
@@ -179,7 +185,14 @@ def _replaced(
     return LoraModel({**to_state_dict(distilled.updates, ""), **rest}, metadata)
 
 
-def _report(distilled: Distilled, lesson: Lesson, stats: Stats, settings: DistillationSettings, seconds: float) -> str:
+def _report(
+    distilled: Distilled,
+    lesson: Lesson,
+    need: DistillationRequirement,
+    stats: Stats,
+    settings: DistillationSettings,
+    seconds: float,
+) -> str:
     start, best = distilled.start, distilled.best
     names = [lora.task.name for lora in stats.loras]
     kept = f"kept that of step {best.step} of {settings.steps}"
@@ -187,7 +200,10 @@ def _report(distilled: Distilled, lesson: Lesson, stats: Stats, settings: Distil
         f"Error on held-out points: {start.error:.3f} -> {best.error:.3f}, {kept}, {seconds:.0f} s.",
         "0 = the LoRAs asked for, 1 = the model without any. Held out is the noise, not the prompt.",
         f"{len(lesson.points)} points to learn from, {len(lesson.held_out)} to judge by.",
+        f"Memory: {size(need.device)} beside the model, and {size(need.host)} for points and results.",
     ]
+    if lesson.every > 1:
+        lines.append(f"Of each prompt one step in {lesson.every} was kept: all of them take too much memory.")
     if distilled.stopped:
         lines.append(f"Stopped early: {distilled.stopped}. A lower learning rate may go further.")
     width = max(len(case.label(names)) for case in lesson.cases)

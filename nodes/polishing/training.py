@@ -1,4 +1,4 @@
-"""A model that gradients pass through: loaded whole, told that it is in training, and as it was afterwards."""
+"""A model that gradients pass through: loaded, told that it is in training, and as it was afterwards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..calibrating.sampling import uncompiled
 def in_training(patcher: Any, need: int) -> Iterator[Any]:
     """The model of `patcher` with its patches on it, and `need` bytes free beside it on its device.
 
-    ComfyUI's own training does the same: some models choose other kernels then, which have a gradient.
+    ComfyUI's own training does the same: some models choose other kernels then, which have a gradient. Unlike there,
+    weights that do not fit beside `need` may stay offloaded: none is kept for a gradient, see frozen().
     """
     with torch.inference_mode(False), uncompiled():
-        management.load_models_gpu([patcher], memory_required=need, force_full_load=True)
+        management.load_models_gpu([patcher], memory_required=need)
         known = getattr(management, "in_training", False)
         management.in_training = True
         patcher.pre_run()

@@ -140,42 +140,41 @@ def _checkpointed(block: nn.Module) -> Forward:
         # models write into the options they hand on (the number of the block): when it is computed again, it has to
         # find what it found
         kwargs = {name: dict(one) if type(one) is dict else one for name, one in kwargs.items()}
-        structure = _Structure((args, kwargs))
-        answer = _Structure(())
+        given, inputs = Structure.of((args, kwargs))
+        answered = Structure(None)
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            nonlocal answer
-            args, kwargs = structure.filled(tensors)
-            answer = _Structure(original(*args, **kwargs))
-            return answer.tensors
+            nonlocal answered
+            args, kwargs = given.filled(tensors)
+            answered, answers = Structure.of(original(*args, **kwargs))
+            return answers
 
         always = torch.empty(0, requires_grad=True)  # the first block's inputs want no gradient, its factors do
-        tensors = _Checkpoint.apply(run, always, *structure.tensors)
-        return answer.filled(tensors)
+        answers = _Checkpoint.apply(run, always, *inputs)
+        return answered.filled(answers)
 
     return forward
 
 
-class _Structure:
-    """What a block is given or answers, and the tensors in it."""
+@dataclass(frozen=True)
+class Structure:
+    """What a block is given or answers, without the tensors in it: it lives as long as the graph, they need not."""
 
-    def __init__(self, value: Any) -> None:
-        self._found: list[Tensor] = []
-        self._value = self._emptied(value)
+    value: Any
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self._found)
+    @classmethod
+    def of(cls, value: Any) -> tuple[Structure, tuple[Tensor, ...]]:
+        """The structure, and the tensors that were in it."""
+        found: list[Tensor] = []
+
+        def emptied(tensor: Tensor) -> _Slot:
+            found.append(tensor)
+            return _Slot(len(found) - 1)
+
+        return cls(_replaced_in(value, Tensor, emptied)), tuple(found)
 
     def filled(self, tensors: Sequence[Tensor]) -> Any:
-        return _replaced_in(self._value, _Slot, lambda slot: tensors[slot.number])
-
-    def _emptied(self, value: Any) -> Any:
-        def emptied(tensor: Tensor) -> _Slot:
-            self._found.append(tensor)
-            return _Slot(len(self._found) - 1)
-
-        return _replaced_in(value, Tensor, emptied)
+        return _replaced_in(self.value, _Slot, lambda slot: tensors[slot.number])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +27,11 @@ class Point:
         fresh = lambda tensor: tensor.to(device, copy=True)  # noqa: E731
         return tuple(tensors_in(network(*_mapped(self.args, fresh), **_mapped(dict(self.kwargs), fresh))))
 
-    def bytes(self) -> int:
-        """Of the tensors that no other point shares."""
-        return sum(tensor.nbytes for tensor in (*tensors_in(self.args[:1]), *self.target))
+
+def memory_of(points: Iterable[Point]) -> int:
+    """Bytes of all their tensors; what several points share, as the steps of a prompt do, counts once."""
+    every = (tensor for point in points for tensor in tensors_in((point.args, dict(point.kwargs), point.target)))
+    return sum({id(tensor): tensor.nbytes for tensor in every}.values())
 
 
 class PointRecorder:

@@ -25,7 +25,10 @@ CORE = {
         *("weights", "solution", "problem", "merge", "split"),
     ),
     "report": ("conflict", "advice"),
-    "distillation": ("point", "factors", "branch", "overwriting", "frozen", "judge", "distil"),
+    "distillation": (
+        *("point", "factors", "branch", "overwriting", "frozen"),
+        *("footprint", "requirement", "judge", "distil"),
+    ),
     "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
 }
 # Folders of which each may import the ones before it; "" holds the nodes, a file each.

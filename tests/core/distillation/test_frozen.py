@@ -1,6 +1,8 @@
 """A frozen model: gradients are those of the plain model, however its weights are held and its blocks are written."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -151,3 +153,24 @@ def test_a_value_may_be_overwritten_after_it_was_used(write):
         write(kept)
         squared.backward()
     torch.testing.assert_close(given.grad, 2 * x)
+
+
+def test_blocks_that_gradients_have_passed_are_gone():
+    """Neither what a block was given nor what it answered when it was computed again is kept to the end."""
+    alive: list[int] = []
+    answers: list[weakref.ref] = []
+
+    class Noting(Block):
+        def forward(self, x, options=None, shift=()):
+            gc.collect()
+            alive.append(sum(one() is not None for one in answers))
+            x, twice = super().forward(x, options, shift)
+            answers.extend((weakref.ref(x.untyped_storage()), weakref.ref(twice[0].untyped_storage())))
+            return x, twice
+
+    model = Model()
+    model.blocks = nn.ModuleList([Noting(in_place=False) for _ in range(6)])
+    with frozen(model):
+        gradient(model, random(5, 8, dtype=torch.float32))
+    assert alive[:6] == [0, 2, 3, 4, 5, 6]
+    assert alive[6:] == [5, 4, 3, 2, 1, 0]
