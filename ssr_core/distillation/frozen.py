@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SolveError
 from .overwriting import Overwriting
 
 Forward = Callable[..., Any]
@@ -29,12 +30,13 @@ def frozen(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
             (Chen et al. 2016, arXiv 1604.06174).
     """
     with ExitStack() as stack:
-        for module in model.modules():
+        names = {module: name for name, module in model.named_modules()}
+        for module, name in names.items():
             stack.enter_context(_usable_weights(module))
             if module._parameters and not module._modules:
-                stack.enter_context(_replaced(module, _converting(module)))
+                stack.enter_context(_replaced(module, _converting(module, _said(module, name))))
         for block in blocks_of(model) if checkpointing else ():
-            stack.enter_context(_replaced(block, _checkpointed(block)))
+            stack.enter_context(_replaced(block, _checkpointed(block, _said(block, names[block]))))
         yield
 
 
@@ -93,14 +95,28 @@ def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
             module.forward = own
 
 
-def _converting(module: nn.Module) -> Forward:
+def _said(module: nn.Module, name: str) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
+def _without_gradient(said: str) -> SolveError:
+    return SolveError(
+        f"No gradient passes through {said}, so nothing can be distilled on this model. Its kernels may be made for "
+        "inference only: use the same model in bf16, fp8 or GGUF."
+    )
+
+
+def _converting(module: nn.Module, said: str) -> Forward:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         simple = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].requires_grad
-        if not simple or _is_used_as_it_is(module, args[0]):
-            return original(*args, **kwargs)
-        return _Again.apply(args[0], original)
+        if simple and not _is_used_as_it_is(module, args[0]):
+            return _Again.apply(args[0], original, said)
+        output = original(*args, **kwargs)
+        if simple and torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad:
+            raise _without_gradient(said)
+        return output
 
     return forward
 
@@ -117,21 +133,27 @@ class _Again(torch.autograd.Function):
     """A layer that is run again when its gradient is asked for, rather than keep the weight that it converted."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, original: Forward) -> Tensor:
+    def forward(context: Any, x: Tensor, original: Forward, said: str) -> Tensor:
         context.save_for_backward(x)
-        context.original = original
+        context.original, context.said = original, said
         output: Tensor = original(x)
         return output
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         (x,) = context.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return torch.autograd.grad(context.original(x), x, gradients)[0], None
+            output = context.original(x)
+            if not output.requires_grad:
+                raise _without_gradient(context.said)
+            try:
+                return torch.autograd.grad(output, x, gradients)[0], None, None
+            except NotImplementedError as error:
+                raise _without_gradient(context.said) from error
 
 
-def _checkpointed(block: nn.Module) -> Forward:
+def _checkpointed(block: nn.Module, said: str) -> Forward:
     original = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +172,7 @@ def _checkpointed(block: nn.Module) -> Forward:
             return answers
 
         always = torch.empty(0, requires_grad=True)  # the first block's inputs want no gradient, its factors do
-        answers = _Checkpoint.apply(run, always, *inputs)
+        answers = _Checkpoint.apply(run, said, always, *inputs)
         return answered.filled(answers)
 
     return forward
@@ -201,8 +223,10 @@ class _Checkpoint(torch.autograd.Function):
     """torch.utils.checkpoint keeps no check that what it computed again was not overwritten afterwards."""
 
     @staticmethod
-    def forward(context: Any, run: Callable[..., tuple[Tensor, ...]], always: Tensor, *tensors: Tensor) -> Any:
-        context.run = run
+    def forward(
+        context: Any, run: Callable[..., tuple[Tensor, ...]], said: str, always: Tensor, *tensors: Tensor
+    ) -> Any:
+        context.run, context.said = run, said
         context.save_for_backward(*tensors)
         return run(*map(torch.clone, tensors))
 
@@ -215,5 +239,7 @@ class _Checkpoint(torch.autograd.Function):
         ):  # modes and hooks of the forward pass do not reach into the backward pass
             answers = context.run(*map(torch.clone, given))
             pairs = [(a, g) for a, g in zip(answers, gradients, strict=True) if a.requires_grad and g is not None]
+            if not pairs and any(one.requires_grad for one in given):
+                raise _without_gradient(context.said)
             torch.autograd.backward([a for a, _ in pairs], [g for _, g in pairs])
-        return (None, None, *(one.grad for one in given))
+        return (None, None, None, *(one.grad for one in given))

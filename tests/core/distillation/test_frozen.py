@@ -174,3 +174,28 @@ def test_blocks_that_gradients_have_passed_are_gone():
         gradient(model, random(5, 8, dtype=torch.float32))
     assert alive[:6] == [0, 2, 3, 4, 5, 6]
     assert alive[6:] == [5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as it is, and converted at every call
+def test_a_layer_that_passes_no_gradient_is_named(dtype, checkpointing):
+    class Converted(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x.detach(), self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    model = Model(in_place=False)
+    model.blocks[1].linear = Converted(8, 8).to(dtype)
+    with frozen(model, checkpointing), pytest.raises(SolveError, match=r"blocks\.1\.linear \(Converted\)"):
+        gradient(model, random(5, 8, dtype=torch.float32))
+
+
+def test_a_block_that_passes_no_gradient_is_named():
+    class Detached(Block):
+        def forward(self, x, options=None, shift=()):
+            x, (twice,) = super().forward(x, options, shift)
+            return x.detach(), [twice.detach()]
+
+    model = Model(in_place=False)
+    model.blocks[1] = Detached()
+    with frozen(model), pytest.raises(SolveError, match=r"blocks\.1 \(Detached\)"):
+        gradient(model, random(5, 8, dtype=torch.float32))
