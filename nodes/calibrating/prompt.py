@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,21 @@ def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise SSRError(f"{where}: there is no prompt; write one per line.")
     return [entry for prompt in prompts for entry in encode(clip, prompt)]
+
+
+def with_references(conditioning: Sequence[Any], latent: Mapping[str, Any]) -> list[Any]:
+    """CONDITIONING with a picture for an edit model at each entry, those of a batch in turn, one for each text.
+
+    Args:
+        latent: LATENT of one picture or more.
+    """
+    pictures, order = latent["samples"], {text: number for number, text in enumerate(texts(conditioning))}
+    found = []
+    for cond, options in conditioning:
+        number = order[options[PROMPT].text] % len(pictures)
+        seen = [*options.get("reference_latents", []), pictures[number : number + 1]]
+        found.append([cond, {**options, "reference_latents": seen}])
+    return found
 
 
 def texts(conditioning: Sequence[Any]) -> tuple[str, ...]:
