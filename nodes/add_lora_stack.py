@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -55,19 +56,16 @@ class SSRAddLoRAStack(io.ComfyNode):
         tasks: tuple[Task | Combination, ...] = (),
     ) -> io.NodeOutput:
         entries = read_stack(lora_stack, "SSR Add LoRA Stack")
+        added = [Task(one.name, one.path, one.strength, [], clip_strength=one.clip_strength) for one in entries]
         blocks = [block.splitlines() for block in re.split(r"\n\s*\n", prompts.strip()) if block.strip()]
-        if not entries or len(blocks) != len(entries):
+        asked = [number for number, task in enumerate(added) if len(blocks) == len(added) or not task.is_off]
+        if not added or len(blocks) != len(asked):
             raise LoraError(
-                f"SSR Add LoRA Stack: there are {len(entries)} LoRAs in the stack "
-                f"({', '.join(entry.name for entry in entries)}) and prompts for {len(blocks)}; write the prompts "
-                "of each LoRA one per line, with an empty line before those of the next."
+                f"SSR Add LoRA Stack: there are {len(asked)} LoRAs in the stack "
+                f"({', '.join(added[number].name for number in asked)}) and prompts for {len(blocks)}; write the "
+                "prompts of each LoRA one per line, with an empty line before those of the next."
             )
-        added = [
-            Task(
-                *(entry.name, entry.path, entry.strength, encode_lines(clip, lines, "SSR Add LoRA Stack")),
-                clip_strength=entry.clip_strength,
-            )
-            for entry, lines in zip(entries, blocks, strict=True)
-        ]
+        for number, lines in zip(asked, blocks, strict=True):
+            added[number] = replace(added[number], conditioning=encode_lines(clip, lines, "SSR Add LoRA Stack"))
         together = combinations_of(clip, combinations, "SSR Add LoRA Stack")
         return io.NodeOutput((*(tasks or ()), *added, *together))

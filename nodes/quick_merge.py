@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import folder_paths
@@ -134,9 +135,11 @@ class SSRQuickMerge(io.ComfyNode):
     ) -> io.NodeOutput:
         tasks, proposed = [], {}
         for entry, lines, where in _chosen(lora_stack, chosen):
-            prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
-            encoded = encode_lines(clip, prompts, where)
-            tasks.append(Task(entry.name, entry.path, entry.strength, encoded, clip_strength=entry.clip_strength))
+            task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
+            if not task.is_off:
+                prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
+                task = replace(task, conditioning=encode_lines(clip, prompts, where))
+            tasks.append(task)
         together = combinations_of(clip, combinations, f"{NAME}: combinations")
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731

@@ -100,6 +100,13 @@ class Circumstances:
         heard = tuple(replace(one, prompts=()) for one in self.combinations)
         return replace(self, prompts=(), negative=(), combinations=heard)
 
+    def without(self, task: int) -> Circumstances:
+        """Of a LoRA, and of the combinations in which it spoke."""
+        kept = [number for number in range(len(self.strengths)) if number != task]
+        quiet = (one for one in self.combinations if task not in one.speakers)
+        heard = tuple(replace(one, speakers=tuple(map(kept.index, one.speakers))) for one in quiet)
+        return replace(replace(self, combinations=()).reordered(kept), combinations=heard)
+
     def reordered(self, order: Sequence[int]) -> Circumstances:
         """With the LoRAs in another order: the new k-th is the old order[k]."""
         return replace(

@@ -13,7 +13,7 @@ from ...ssr_core import Calibration, LoraError, Requirement, SSRError, Statistic
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
 from ...ssr_core.solve.likeness import alike
-from ..reading.combination import Combination, parted
+from ..reading.combination import Combination, parted, without_off
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_tasks
 from ..reading.task import Task
@@ -57,7 +57,7 @@ def collect(
         StatisticsError: `like` is of other LoRAs or of another model.
     """
     started = time.perf_counter()
-    tasks, asked = parted(tasks)
+    tasks, asked, off = without_off(*parted(tasks))
     _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
     loras = _read(tasks, model, clip, expand_rank)
@@ -80,7 +80,7 @@ def collect(
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
         *(tuple(shared), calibration, text, clip is not None, silent),
-        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),), notes),
+        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),), (*off, *notes)),
     )
 
 

@@ -37,16 +37,21 @@ def describe(model: Any, loras: Sequence[LoadedLora], collections: Sequence[Circ
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
-        "modelspec.merged_from": ", ".join(str(source["file"]) for source in sources),
         "ssr.sources": json.dumps(sources),
+        **_credits(sources),
     }
     if architecture := _architecture(model.model, sources):
         metadata["modelspec.architecture"] = architecture
     if base := _common(sources, "ss_base_model_version"):
         metadata["ss_base_model_version"] = base
-    if triggers := [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]:
-        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
     return with_collections(metadata, collections)
+
+
+def _credits(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Whom a merge is made of, and the words that call them."""
+    triggers = [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]
+    found = {"modelspec.merged_from": ", ".join(str(source["file"]) for source in sources)}
+    return found | ({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {})
 
 
 def with_collections(provenance: Mapping[str, str], collections: Sequence[Circumstances]) -> dict[str, str]:
@@ -68,13 +73,25 @@ def with_collections(provenance: Mapping[str, str], collections: Sequence[Circum
     }
 
 
-def with_settings(provenance: Mapping[str, str], settings: MergeSettings, report: Report) -> dict[str, str]:
-    """What is known once the merge is made."""
+def with_settings(
+    provenance: Mapping[str, str],
+    settings: MergeSettings,
+    report: Report,
+    strengths: Sequence[float] | None = None,
+) -> dict[str, str]:
+    """What is known once the merge is made.
+
+    Args:
+        strengths: of all sources, where the report is not of those at strength 0.
+    """
     sources = json.loads(provenance["ssr.sources"])
-    for source, strength in zip(sources, report.strengths, strict=True):
+    for source, strength in zip(sources, report.strengths if strengths is None else strengths, strict=True):
+        if source["strength"] and not strength:  # turned off as a whole
+            source["strength_clip"] = 0.0
         source["strength"] = strength
     return {
-        **provenance,
+        **{key: value for key, value in provenance.items() if key != "modelspec.trigger_phrase"},
+        **_credits([source for source in sources if source["strength"] or source["strength_clip"]]),
         "modelspec.title": " + ".join(PurePath(name).stem for name in report.names),
         "ss_network_module": "networks.lora",
         "ss_network_dim": "Dynamic",

@@ -45,6 +45,16 @@ class Stats:
     sampled: tuple[Sampled, ...] = ()  # and on what; empty if loaded from a file
     notes: tuple[str, ...] = ()  # lines for the report: what could not be refined, and why
 
+    def without(self, task: int) -> Stats:
+        """As if LoRA `task` had never been there; where it comes from and what was sampled is still told of all."""
+        return replace(
+            self,
+            loras=self.loras[:task] + self.loras[task + 1 :],
+            calibration=self.calibration.without(task),
+            text=None if self.text is None else self.text.without(task),
+            collections=tuple(one.without(task) for one in self.collections),
+        )
+
     @property
     def model(self) -> str:
         """ComfyUI's class of the model it was measured on."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...ssr_core import Case, SSRError
+from ...ssr_core import Case, LoraError, SSRError
 from .task import Task
 
 ALL, NONE = "all", "none"
@@ -50,6 +50,35 @@ def parted(tasks: Iterable[Task | Combination]) -> tuple[tuple[Task, ...], tuple
         tuple(one for one in tasks if isinstance(one, Task)),
         tuple(one for one in tasks if isinstance(one, Combination)),
     )
+
+
+def without_off(
+    tasks: Sequence[Task], asked: Sequence[Combination]
+) -> tuple[tuple[Task, ...], tuple[Combination, ...], list[str]]:
+    """The LoRAs that are not at strength 0 and the combinations of these, numbered anew; and who is left out, in words.
+
+    Raises:
+        LoraError: all are off.
+        SSRError: a combination that cannot be meant.
+    """
+    names = [task.name for task in tasks]
+    off = [number for number, task in enumerate(tasks) if task.is_off]
+    if not off:
+        return tuple(tasks), tuple(asked), []
+    listed = ", ".join(names[number] for number in off)
+    if len(off) == len(tasks):
+        raise LoraError(f"Every LoRA is at strength 0 ({listed}), so there is nothing to merge. Give one a strength.")
+    kept = [number for number in range(len(tasks)) if number not in off]
+    speakers = [(one, one.case(names).speakers) for one in asked]
+    again = tuple(
+        replace(one, which=", ".join(str(kept.index(task) + 1) for task in who) or NONE)
+        for one, who in speakers
+        if not {*who} & {*off}
+    )
+    notes = [f"Left out, as if not there, being at strength 0: {listed}."]
+    if lost := [one.which for one, who in speakers if {*who} & {*off}]:
+        notes.append(f"Nor were the combinations sampled that ask for them: {'; '.join(lost)}.")
+    return tuple(tasks[number] for number in kept), again, notes
 
 
 def read_lines(text: str, where: str) -> Iterator[tuple[str, list[str]]]:

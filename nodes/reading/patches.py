@@ -23,7 +23,7 @@ from .keys import ADAPTER, TEXT_ENCODER, owner
 from .loaded_lora import LoadedLora, Part, Patch
 from .lora_file import read
 from .network import NamesOnly, Network
-from .task import Task
+from .task import Task, is_off
 from .tensor_account import LEFT_OUT, Account, Expanded, Fate, fates_of
 
 
@@ -56,6 +56,8 @@ def _read_task(task: Task, network: Network, connected: Network | None, rank: in
     find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
     of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
     of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
+    if not task.is_off:  # as a whole it may be in statistics from a file, which SSR Solve then leaves out
+        of_model, of_text = _off(of_model, task.strength), _off(of_text, task.text_strength)
     fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=connected is None)
     account = Account(fates, (*of_model.expanded, *of_text.expanded))
     loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
@@ -119,6 +121,11 @@ class _Reading:
     part: Part
     fates: Mapping[int, Fate]  # by the identity of the tensors that ComfyUI took
     expanded: Sequence[Expanded]
+
+
+def _off(reading: _Reading, strength: float) -> _Reading:
+    """Nothing of a part that is at strength 0: as if the file had none."""
+    return _Reading(Part({}, {}), dict.fromkeys(reading.fates, Fate.OFF), ()) if is_off(strength) else reading
 
 
 class _Reader:
@@ -213,6 +220,8 @@ def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, encoder: Net
     if loaded.model.updates or loaded.model.patches:
         return
     left = [key for key, fate in fates.items() if fate in LEFT_OUT and not key.startswith(TEXT_ENCODER)]
+    if set(fates.values()) == {Fate.OFF}:
+        raise LoraError(f"{name} changes only what it is given strength 0 for. Leave it out, or give that a strength.")
     if left or not (loaded.text.updates or loaded.text.patches or set(fates.values()) == {Fate.DORMANT}):
         raise ModelMismatchError(
             f"{name} does not fit this model ({network.name}): none of its {len(left) or len(fates)} tensors "

@@ -9,6 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+OFF = 1e-6  # a strength that is less came out of arithmetic such as 0.3 - 3 * 0.1
+
+
+def is_off(strength: float) -> bool:
+    return abs(strength) < OFF
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -21,6 +27,11 @@ class Task:
     latent: Mapping[str, Any] | None = None  # ComfyUI's LATENT of images of its own, instead of sampled ones
     clip_strength: float | None = None  # None = `strength`
     negative: list[Any] | None = None  # CONDITIONING as this LoRA's text encoder reads it, instead of everyone's
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it changes neither the model nor the text encoder: then it is as if it were not there."""
+        return is_off(self.strength) and is_off(self.text_strength)
 
     @property
     def text_strength(self) -> float:

@@ -19,6 +19,7 @@ class Fate(Enum):
     SUMMED = "norm, bias and other differences, summed"
     TEXT = "of the text encoder, summed (connect clip to SSR Collect Stats to route them)"
     REPLACES = "replace a weight"
+    OFF = "left out, being at strength 0"
     DORMANT = "change nothing (alpha 0 or all zero)"
     OVERWRITTEN = "left out, as ComfyUI does: another tensor of the file changes the same weight"
     UNREAD = "left out, as ComfyUI does: incomplete, or of a kind that it does not read"
@@ -91,7 +92,7 @@ def fates_of(
         summed_text: whether the text encoder's are only summed.
     """
     if summed_text:
-        of_text = {key: fate if fate is Fate.DORMANT else Fate.TEXT for key, fate in of_text.items()}
+        of_text = {key: fate if fate in (Fate.DORMANT, Fate.OFF) else Fate.TEXT for key, fate in of_text.items()}
     taken = {**of_model, **of_text}
     names = {key: owner(key, key_map) for key in tensors}
     # what a tensor changes: which weight or slice of one, and whether it is its bias

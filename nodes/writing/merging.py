@@ -16,6 +16,7 @@ from ..calibrating.metadata import of_part, with_settings
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import merge_text, summed, text_settings, with_common_names
 from ..reading.network import GENERIC
+from ..reading.task import is_off
 from ..wording.trigger_words import namesakes, phrases
 from .lora_model import LoraModel, state_dict
 
@@ -29,12 +30,41 @@ def solve(stats: Stats, settings: MergeSettings) -> tuple[LoraModel, str]:
         SSRError: settings that cannot be meant, rules that match nothing, or a merge that cannot be made.
     """
     check_rules(settings.rules, _modules(stats))
-    merged = merge(stats.calibration, settings, _progress(stats))
-    scaled = _text_strengths(stats, merged.report.strengths)
-    text = None if stats.text is None else merge_text(stats.text, replace(settings, strengths=scaled))
-    report = merged.report.with_notes(*_notes(stats, merged.report, settings.rules), *_text_notes(text))
-    tensors = _tensors(stats, settings.rules, merged, text, range(len(stats.loras)))
-    return LoraModel(tensors, with_settings(stats.provenance, settings, report)), str(report)
+    settings.check(len(stats.loras))
+    given = settings.strengths or tuple(lora.strength for lora in stats.calibration.loras)
+    on, left, off = _without_off(stats, given)
+    chosen = replace(settings, strengths=_chosen(settings.strengths, left), weights=_chosen(settings.weights, left))
+    merged = merge(on.calibration, chosen, _progress(on))
+    scaled = _text_strengths(on, merged.report.strengths)
+    text = None if on.text is None else merge_text(on.text, replace(chosen, strengths=scaled))
+    report = merged.report.with_notes(*off, *_notes(on, merged.report, settings.rules), *_text_notes(text))
+    tensors = _tensors(on, settings.rules, merged, text, range(len(on.loras)))
+    told = [one if task in left else 0.0 for task, one in enumerate(given)]
+    return LoraModel(tensors, with_settings(stats.provenance, settings, report, told)), str(report)
+
+
+def _chosen(values: tuple[float, ...] | None, left: Sequence[int]) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values[task] for task in left)
+
+
+def _without_off(stats: Stats, strengths: Sequence[float]) -> tuple[Stats, list[int], list[str]]:
+    """The statistics as if LoRAs at strength 0 had never been there, which are left, and what the report says of it.
+
+    Raises:
+        SSRError: all are.
+    """
+    names = stats.calibration.names
+    pairs = zip(strengths, _text_strengths(stats, strengths), strict=True)
+    off = [task for task, pair in enumerate(pairs) if all(map(is_off, pair))]
+    left = [task for task in range(len(names)) if task not in off]
+    if not off:
+        return stats, left, []
+    listed = ", ".join(names[task] for task in off)
+    if len(off) == len(names):
+        raise SSRError(f"All LoRAs are at strength 0 ({listed}), so nothing is left to merge. Give one a strength.")
+    for task in reversed(off):
+        stats = stats.without(task)
+    return stats, left, [f"Left out, as if not there, being at strength 0: {listed}."]
 
 
 def split(stats: Stats, settings: MergeSettings) -> tuple[list[LoraModel], str]:
