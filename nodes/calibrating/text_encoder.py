@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any, TypeVar
 
-import comfy.lora
 import comfy.model_management
 
 from ...ssr_core import Calibration, LowRankUpdate, Merge, MergeSettings, Site, SSRError, StatisticsCollector, merge
 from ...ssr_core.lora.site import sum_by_site
+from ..reading.encoder_names import Layer, meanings
 from ..reading.loaded_lora import LoadedLora, Part
 from ..reading.network import GENERIC
 from .case_prompts import CasePrompts
@@ -94,12 +93,15 @@ def text_settings(settings: MergeSettings) -> MergeSettings:
 def with_common_names(parts: Sequence[Part]) -> list[Part]:
     """Parts of files that name the text encoder's layers in several ways, with one name for each: the first one's.
 
-    Of two names that mean the same layer ComfyUI would load only one.
+    Raises:
+        LoraError: a name may mean either of two layers.
     """
-    names: dict[str, str] = {}
+    modules = [site.module for part in parts for site in part.updates]
+    modules += [key.rpartition(".")[0] for part in parts for key in part.patches]
+    layers, names = meanings(modules), dict[Layer, str]()
 
     def named(module: str) -> str:
-        return names.setdefault(_meanings().get(module, module), module)
+        return names.setdefault(layers[module], module)
 
     def moved(key: str) -> str:
         module, dot, kind = key.rpartition(".")
@@ -107,7 +109,7 @@ def with_common_names(parts: Sequence[Part]) -> list[Part]:
 
     return [
         Part(
-            {replace(site, module=named(site.module)): update for site, update in part.updates.items()},
+            sum_by_site((replace(site, module=named(site.module)), update) for site, update in part.updates.items()),
             {moved(key): patch for key, patch in part.patches.items()},
         )
         for part in parts
@@ -154,19 +156,3 @@ def encode_anew(clip: Any, entry: Sequence[Any]) -> list[Any]:
     begins = options.get("clip_start_percent")  # of a schedule, the part that this entry is for
     own, found = next((one for one in encoded if one[1].get("clip_start_percent") == begins), encoded[0])
     return [own, {**options, **found}] if cond is options[PROMPT].encoded else [cond, options]
-
-
-class _ClipLayers:
-    """The names of all layers of CLIP-L and CLIP-G, for ComfyUI to tell how files spell them."""
-
-    @staticmethod
-    def state_dict() -> dict[str, None]:
-        layers = (f"{layer}.{part}" for layer in range(32) for part in comfy.lora.LORA_CLIP_MAP)
-        names = [f"transformer.text_model.encoder.layers.{layer}.weight" for layer in layers]
-        return {f"{clip}.{name}": None for clip in ("clip_l", "clip_g") for name in names}
-
-
-@cache
-def _meanings() -> dict[str, str]:
-    """By the name that a file has for a layer of CLIP-L or CLIP-G, which layer it is."""
-    return dict(comfy.lora.model_lora_keys_clip(_ClipLayers(), {}))

@@ -63,7 +63,7 @@ def low_rank(patch: Any, target: Target, rank: int) -> Expansion:
         LoraError: damaged, or of a kind that cannot be merged.
         ModelMismatchError: of another size than the weight.
     """
-    check_size(patch, target)
+    check_size(patch, target.shape, target.where)
     if not isinstance(patch, tuple) and not needs_base(patch):
         try:
             found = _factors(patch, rank, target)
@@ -84,25 +84,35 @@ def _expansion(update: LowRankUpdate, kept: float, where: str) -> Expansion:
     return Expansion(LowRankUpdate(_finite(update.down, where).cpu(), _finite(update.up, where).cpu()), kept)
 
 
-def check_size(patch: Any, target: Target) -> None:
+def check_size(patch: Any, shape: tuple[int, ...], where: str) -> None:
     """Raise before anything is computed that would be larger than the weight: small factors can stand for terabytes.
+
+    Args:
+        shape: of the weight; () if it is not known.
 
     Raises:
         ModelMismatchError: of another size than the weight, or, where that is not known, than any weight.
     """
     if isinstance(patch, tuple):
+        if shape and tuple(patch[1][0].shape) != shape:
+            raise ModelMismatchError(
+                f"{where}: a full difference of shape {tuple(patch[1][0].shape)} does not fit this model's "
+                f"{shape}; it was trained for another variant of the base."
+            )
         return
+    if isinstance(patch, adapters.LoRAAdapter) and patch.weights[5] is not None:
+        return  # it reshapes the weight
     try:
         out, inputs = _size(patch)
     except (AttributeError, TypeError, IndexError):
         return  # a part is missing, which is said where it is needed
-    wanted = (target.shape[0], torch.Size(target.shape[1:]).numel()) if target.shape else ()
+    wanted = (shape[0], torch.Size(shape[1:]).numel()) if shape else ()
     fits = out * inputs <= LARGEST if not wanted else (out, inputs) == wanted
     if isinstance(patch, adapters.GLoRAAdapter):  # in two orders of factors; here only what is too large
         fits = not wanted or max(out, inputs) <= max(wanted)
     if not fits:
         raise ModelMismatchError(
-            f"{target.where}: its {kind(patch)} is of {out} outputs and {inputs} inputs, but this model's layer "
+            f"{where}: its {kind(patch)} is of {out} outputs and {inputs} inputs, but this model's layer "
             f"{f'has {wanted[0]} and {wanted[1]}' if wanted else 'cannot be that large'}; "
             "it was trained for another variant of the base."
         )
@@ -145,12 +155,8 @@ def dense(patch: Any, target: Target) -> Tensor:
     """
     where, rows = target.where, target.rows
     if isinstance(patch, tuple):
+        check_size(patch, target.shape, where)
         difference = patch[1][0].to(target.device, torch.float32)
-        if target.shape and tuple(difference.shape) != target.shape:
-            raise ModelMismatchError(
-                f"{where}: a full difference of shape {tuple(difference.shape)} does not fit this model's "
-                f"{target.shape}; it was trained for another variant of the base."
-            )
         return _finite(difference if rows is None else rows(difference), where)
     weight = target.base() if needs_base(patch) else torch.zeros(target.shape, device=target.device)
     strength = target.strength if kind(patch) in ("OFT", "BOFT") and target.strength else 1.0

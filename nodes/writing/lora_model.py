@@ -13,9 +13,11 @@ from torch import Tensor
 from ...ssr_core import LoraError, ModelMismatchError, Rule, treatment_of
 from ...ssr_core.files.lora_file import to_state_dict
 from ...ssr_core.lora.site import Updates
+from ..reading.adapters import check_size
 from ..reading.keys import TEXT_ENCODER
 from ..reading.loaded_lora import Part, Patch
 from ..reading.network import Network
+from ..reading.patches import Place
 
 
 class LoraModel(dict[str, Tensor]):
@@ -64,18 +66,20 @@ def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: floa
     """Clones of `model` and `clip` (may be None) patched with a LORA_MODEL.
 
     Raises:
-        ModelMismatchError: a key names no weight of either.
+        ModelMismatchError: a key names no weight of either, or a weight of another size.
     """
     network = Network.of_model(model)
     key_map = dict(network.key_map)
-    if clip is not None:
-        key_map |= Network.of_text_encoder(clip).key_map
+    encoder = None if clip is None else Network.of_text_encoder(clip)
+    if encoder is not None:
+        key_map |= encoder.key_map
     state = comfy.lora_convert.convert_lora(dict(state))
     patches = comfy.lora.load_lora(state, key_map, log_missing=False)
     loaded = _loaded_keys(state, patches, key_map)
     lost = [key for key in state if key not in loaded]
     if clip is None:
         lost = [key for key in lost if not key.startswith(TEXT_ENCODER)]
+    _check_sizes(patches, network, encoder)
     model, clip = model.clone(), clip.clone() if clip is not None else None
     taken = set(model.add_patches(patches, strength))
     if clip is not None:
@@ -87,6 +91,23 @@ def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: floa
             f"{network.name}{f', such as {lost[0]!r}' if lost else ''}. Use the base it was merged for."
         )
     return model, clip
+
+
+def _check_sizes(patches: Mapping[Any, Any], network: Network, encoder: Network | None) -> None:
+    """ComfyUI only logs what is of another size, and leaves the weight as it is."""
+    misfits = []
+    for key, patch in patches.items():
+        place = Place.of(key, network) or (None if encoder is None else Place.of(key, encoder))
+        try:
+            if place is not None:
+                check_size(patch, place.slice_shape, place.key)
+        except ModelMismatchError as error:
+            misfits.append(str(error))
+    if misfits:
+        raise ModelMismatchError(
+            f"This LoRA does not fit the model: {len(misfits)} of its {len(patches)} layers are of another size than "
+            f"those of {network.name}. {misfits[0]} Use the base it was merged for, or drop these layers in SSR Solve."
+        )
 
 
 def _loaded_keys(tensors: Mapping[str, Tensor], patches: Mapping[Any, Any], key_map: Mapping[str, Any]) -> set[str]:
