@@ -11,6 +11,7 @@ import torch
 
 from ..calibrating.caches import Caches
 from ..calibrating.sampling import uncompiled
+from .kernels import with_gradient
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def in_training(patcher: Any, need: int) -> Iterator[Any]:
     ComfyUI's own training does the same: some models choose other kernels then, which have a gradient. Unlike there,
     weights that do not fit beside `need` may stay offloaded: none is kept for a gradient, see frozen().
     """
-    with torch.inference_mode(False), uncompiled():
+    with torch.inference_mode(False), uncompiled(), with_gradient():
         management.load_models_gpu([patcher], memory_required=need)
         known = getattr(management, "in_training", False)
         management.in_training = True

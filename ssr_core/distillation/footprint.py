@@ -15,8 +15,9 @@ from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from .branch import Branch
 from .factors import Place
-from .frozen import Structure, blocks_of, frozen
-from .point import Point, tensors_in
+from .frozen import blocks_of, frozen
+from .point import Point
+from .structure import Structure, tensors_in
 
 PASSING = 2  # gradients as large as a block's largest activation that are there at one time
 JOINING = 3  # and of a layer's input: through its weight, through its factors, and the sum of both

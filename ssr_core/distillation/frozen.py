@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SolveError
 from .overwriting import Overwriting
+from .structure import Structure
 
 Forward = Callable[..., Any]
 
@@ -178,47 +177,6 @@ def _checkpointed(block: nn.Module, said: str) -> Forward:
     return forward
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What a block is given or answers, without the tensors in it: it lives as long as the graph, they need not."""
-
-    value: Any
-
-    @classmethod
-    def of(cls, value: Any) -> tuple[Structure, tuple[Tensor, ...]]:
-        """The structure, and the tensors that were in it."""
-        found: list[Tensor] = []
-
-        def emptied(tensor: Tensor) -> _Slot:
-            found.append(tensor)
-            return _Slot(len(found) - 1)
-
-        return cls(_replaced_in(value, Tensor, emptied)), tuple(found)
-
-    def filled(self, tensors: Sequence[Tensor]) -> Any:
-        return _replaced_in(self.value, _Slot, lambda slot: tensors[slot.number])
-
-
-@dataclass(frozen=True)
-class _Slot:
-    number: int
-
-
-def _replaced_in(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
-    if isinstance(value, kind):
-        return replace(value)
-    if type(value) in (list, tuple):
-        return type(value)(_replaced_in(one, kind, replace) for one in value)
-    if type(value) is dict:
-        return {key: _replaced_in(one, kind, replace) for key, one in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        same = copy(value)
-        for name, one in vars(value).items():
-            object.__setattr__(same, name, _replaced_in(one, kind, replace))
-        return same
-    return value
-
-
 class _Checkpoint(torch.autograd.Function):
     """torch.utils.checkpoint keeps no check that what it computed again was not overwritten afterwards."""
 
@@ -233,10 +191,8 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [one.detach().requires_grad_(one.requires_grad) for one in context.saved_tensors]
-        with (
-            torch.enable_grad(),
-            Overwriting(),
-        ):  # modes and hooks of the forward pass do not reach into the backward pass
+        # modes and hooks of the forward pass do not reach into the backward pass
+        with torch.enable_grad(), Overwriting():
             answers = context.run(*map(torch.clone, given))
             pairs = [(a, g) for a, g in zip(answers, gradients, strict=True) if a.requires_grad and g is not None]
             if not pairs and any(one.requires_grad for one in given):

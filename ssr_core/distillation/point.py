@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from .structure import replaced, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,9 @@ class Point:
         """What the model answers now."""
         # copies: what was kept under inference mode takes no part in gradients, and a model may write into its inputs
         fresh = lambda tensor: tensor.to(device, copy=True)  # noqa: E731
-        return tuple(tensors_in(network(*_mapped(self.args, fresh), **_mapped(dict(self.kwargs), fresh))))
+        return tuple(
+            tensors_in(network(*replaced(self.args, Tensor, fresh), **replaced(dict(self.kwargs), Tensor, fresh)))
+        )
 
 
 def memory_of(points: Iterable[Point]) -> int:
@@ -65,7 +69,7 @@ class PointRecorder:
             self._handles.pop().remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = _mapped(args, self._on_host), _mapped(kwargs, self._on_host)
+        self._call = replaced(args, Tensor, self._on_host), replaced(kwargs, Tensor, self._on_host)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         target = tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors_in(output))
@@ -78,26 +82,3 @@ class PointRecorder:
             return last
         self._kept[kept.shape, kept.dtype] = kept
         return kept
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of what a model takes or answers, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_in(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from tensors_in(one)
-
-
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same with other tensors; containers are copied, as models write into those they are given."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(one, function) for one in value)
-    if type(value) is dict:
-        return {key: _mapped(one, function) for key, one in value.items()}
-    return value

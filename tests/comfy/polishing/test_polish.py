@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same(model, stats, merged, polished):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family, monkeypatch):
+def test_every_family(family):
     kind = FAMILIES[family]
     model = kind.build()
     label = "diffusers" if "diffusers" in SPELLINGS[family] else "kohya"
@@ -101,12 +101,6 @@ def test_every_family(family, monkeypatch):
     before, after = json.loads(lora.metadata["ssr.polish"])["error"]
     assert after < before, report
     assert hooks(model) == 0
-
-    import ssr_pack.ssr_core.distillation.frozen as frozen
-
-    monkeypatch.setattr(frozen, "blocks_of", lambda model: [])  # all in memory, as autograd does by itself
-    plain = polish(model, stats, solve(stats)[0], steps=10, batch=4)[0]
-    assert all(relative(lora[key], plain[key]) < 1e-3 for key in plain)
 
 
 def test_bad_input(model, stats, merged, two, tmp_path):

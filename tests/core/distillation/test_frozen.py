@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -105,6 +106,43 @@ def test_the_model_is_as_before():
     assert after == before
     assert learning.blocks[0].forward is own
     assert [m for m in [*model.modules(), *learning.modules()] if "forward" in vars(m)] == [learning.blocks[0]]
+
+
+def test_tensors_are_found_in_whatever_a_block_is_given():
+    class Slots:
+        __slots__ = ("scale",)
+
+        def __init__(self, scale):
+            self.scale = scale
+
+    class Pair(NamedTuple):
+        shift: Any
+        name: str
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x, slots, pair):
+            return Pair(self.linear(x) * slots.scale + pair.shift, "answer")
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([Inner(), Inner()])
+
+        def forward(self, x):
+            slots, pair = Slots(x.mean(1, keepdim=True)), Pair(x * 2, "given")
+            for block in self.blocks:
+                x = block(x, slots, pair).shift
+            return x
+
+    x, model = random(5, 8, dtype=torch.float32), Outer()
+    with frozen(model):
+        found = gradient(model, x)
+    torch.testing.assert_close(found, gradient(model, x))
 
 
 def test_blocks_lie_in_lists_at_any_depth():
