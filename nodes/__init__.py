@@ -15,6 +15,7 @@ from comfy_api.latest import ComfyExtension, io
 from .add_combination import SSRAddCombination
 from .add_lora import SSRAddLoRA
 from .add_lora_stack import SSRAddLoRAStack
+from .add_scores import SSRAddScores
 from .add_stats import SSRAddStats
 from .apply import SSRApply
 from .collect_stats import SSRCollectStats
@@ -36,7 +37,7 @@ class SSRMergeExtension(ComfyExtension):
         return [
             *(SSRProposePrompts, SSRPrompts, SSRAddLoRA, SSRAddLoRAStack, SSRAddCombination, SSRCollectStats),
             *(SSRSaveStats, SSRLoadStats, SSRAddStats, SSRReport),
-            *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRSplit, SSRCompare),
+            *(SSRSolve, SSRPolish, SSRApply, SSRSaveLoRA, SSRSplit, SSRCompare, SSRAddScores),
             SSRQuickMerge,
         ]
 

@@ -1,4 +1,4 @@
-"""SSR Compare: the base, each LoRA, their stack and the merge side by side, at one seed."""
+"""SSR Compare: the base, each LoRA, their stack and the merge side by side, at one seed, with numbers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..ssr_core import LoraError
-from .calibrating.progress import show_steps
-from .pictures.candidates import candidates, names
-from .pictures.grid import grid
+from .pictures.comparison import compare
+from .pictures.distances import distances, table
 from .pictures.picture import image_of
-from .pictures.rendering import Rendering, render, scenes_of
+from .pictures.rendering import Rendering, scenes_of
+from .pictures.sheet import Sheet
 from .reading.combination import Combination, parted
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, LoraModelSocket, SSRTasks, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, SSRSheet, SSRTasks, say, schema
 
 
 class SSRCompare(io.ComfyNode):
@@ -25,7 +25,8 @@ class SSRCompare(io.ComfyNode):
             node_id="SSRCompare",
             display_name="SSR Compare",
             description="Renders each prompt with the base model, with each LoRA alone, with all of them stacked (at "
-            "their strengths and at 0.7 of them) and with the merge, all from the same noise, as one labelled grid.",
+            "their strengths and at 0.7 of them) and with the merge, all from the same noise, as one labelled grid. "
+            "Below each picture: how far it is from what its prompt asks for, 0 = the same, 1 = as far as the base.",
             search_aliases=["compare lora", "xy plot", "grid", "side by side", "ssr merge"],
             is_output_node=True,
             inputs=[
@@ -41,9 +42,10 @@ class SSRCompare(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=False,
                     tooltip="One per line, a row each. Empty: the first calibration prompt of each LoRA and "
-                    "combination. Prompts that the merge was not calibrated on show more.",
+                    "combination. Prompts that the merge was not calibrated on show more. The numbers of the LoRAs "
+                    "that a line asks for, such as 1: or 1+3:, before it bring the distances below its pictures.",
                 ),
-                inputs.seed("Of the noise that all pictures start from."),
+                inputs.seed("Of the noise that all pictures start from; one that no calibration saw.", default=1000),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of each picture."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."),
                 inputs.sampler("As in KSampler."),
@@ -64,7 +66,16 @@ class SSRCompare(io.ComfyNode):
                     **ADVANCED,
                 ),
             ],
-            outputs=[io.Image.Output(display_name="grid", tooltip="Rows are prompts, columns are models.")],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="Rows are prompts, columns are models."),
+                io.String.Output(display_name="distances", tooltip="The numbers below the pictures, and their means."),
+                io.Image.Output(
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="The pictures one by one, row by row, for a node that scores them.",
+                ),
+                SSRSheet.Output(display_name="sheet", tooltip="For SSR Add Scores."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -86,18 +97,19 @@ class SSRCompare(io.ComfyNode):
         negative: list[Any] | None = None,
         cell: int = 256,
     ) -> io.NodeOutput:
-        tasks, together = parted(tasks)
+        tasks, asked = parted(tasks)
         if not tasks:
             raise LoraError("SSR Compare: there is no LoRA to compare; add some with SSR Add LoRA.")
         if clip is None or vae is None:
             raise LoraError("SSR Compare: this checkpoint brings no text encoder or no VAE; connect loaders of them.")
-        scenes, columns = scenes_of(prompts, (*tasks, *together)), names(tasks)
+        scenes = scenes_of(prompts, (*tasks, *asked))
         how = Rendering(seed, steps, cfg, sampler_name, scheduler)
-        on_step = show_steps(model, len(columns) * len(scenes) * steps)
-        pictures = {}
-        for column, candidate in enumerate(candidates(model, clip, tasks, lora)):
-            say(cls, f"{column + 1} of {len(columns)}: {candidate.name}")
-            for row, picture in enumerate(render(candidate, scenes, negative, latent, vae, how, on_step)):
-                pictures[row, column] = picture
-        sheet = image_of(grid(pictures, [scene.label for scene in scenes], columns, len(columns) - 1, cell))
-        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet))
+        tell = lambda text: say(cls, text)  # noqa: E731
+        drawn = compare(model, clip, vae, tasks, lora, scenes, negative, latent, how, tell)
+        found = distances(drawn.latents, drawn.wanted)
+        captions = {place: f"{distance:.2f}" for place, distance in found.items()}
+        sheet = Sheet(drawn.pictures, tuple(scene.label for scene in scenes), drawn.columns, cell, captions)
+        said, image = table(found, scenes, drawn.columns), image_of(sheet.drawn())
+        tell(said or "Done.")
+        images = [image_of(drawn.pictures[place]) for place in sheet.places]
+        return io.NodeOutput(image, said, images, sheet, ui=ui.PreviewImage(image))

@@ -228,7 +228,11 @@ def retune_saved_stats(
 def save_for_sharing(
     base: Base | None = None,
     loras: Sequence[Lora] = (ANNA, INKWASH),
-    prompts: Sequence[str] = ("photo of anna1 woman riding a bicycle", "a lighthouse in a storm, inkwash style"),
+    prompts: Sequence[str] = (
+        "1: photo of anna1 woman riding a bicycle",
+        "2: a lighthouse in a storm, inkwash style",
+        "1+2: anna1 woman standing on a bridge in the rain, inkwash style",
+    ),
 ) -> list[Group]:
     base = base or bases.z_image()
     columns, tasks = chain(loras, base)
@@ -241,7 +245,7 @@ def save_for_sharing(
             **{"model": base.model, "clip": base.clip, "vae": base.vae, "tasks": tasks, "lora": solving["lora"]},
             "latent": latent["LATENT"],
         },
-        {"prompts": "\n".join(prompts), "seed": 1, **base.sampling},
+        {"prompts": "\n".join(prompts), "seed": 1001, **base.sampling},
         700,
         "merge",
     )

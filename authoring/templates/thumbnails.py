@@ -47,7 +47,7 @@ GRAPHS: dict[str, tuple[Callable[[], list[Group]], Sequence[str], bool]] = {
     "diagnose-only-flux": (lambda: scenarios.diagnose_only(tiny(), (MOCHI, ROBO, SEPIA)), ("SSRReport",), True),
     "save-for-sharing-zimage": (
         lambda: scenarios.save_for_sharing(
-            tiny(), (MOCHI, ROBO), ("mochi the cat on the beach", "robo the robot on the moon")
+            tiny(), (MOCHI, ROBO), ("1: mochi the cat on the beach", "2: robo the robot on the moon")
         ),
         *(("SSRCompare",), True),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,16 @@ def candidates(model: Any, clip: Any, tasks: Sequence[Task], merged: Mapping[str
     for scale in (1.0, WEAKER):
         yield Candidate(next(found), *_loaded(model, clip, list(zip(tasks, files, strict=True)), scale))
     yield Candidate(next(found), *load_into(merged, model, clip, 1.0))
+
+
+def together(
+    model: Any, clip: Any, tasks: Sequence[Task], which: Iterable[tuple[int, ...]]
+) -> Iterator[tuple[tuple[int, ...], Candidate]]:
+    """Several of the LoRAs loaded one after the other: what prompts that ask for these should give."""
+    for speakers in which:
+        chosen = [(tasks[number], read(tasks[number])[0]) for number in speakers]
+        name = " + ".join(task.name for task, _ in chosen)
+        yield speakers, Candidate(name, *_loaded(model, clip, chosen, 1.0))
 
 
 def _loaded(model: Any, clip: Any, loras: Sequence[tuple[Task, Mapping[str, Tensor]]], scale: float) -> tuple[Any, Any]:

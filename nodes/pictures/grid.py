@@ -44,14 +44,22 @@ def grid(
     columns: Sequence[str],
     highlight: int,
     cell: int = 192,
+    captions: Mapping[tuple[int, int], str] | None = None,
 ) -> Image.Image:
-    """The pictures at (row, column), at most `cell` wide and high, with the columns from `highlight` on set off."""
+    """The pictures at (row, column), at most `cell` wide and high, with the columns from `highlight` on set off.
+
+    Args:
+        captions: lines below pictures; without any, no place is kept for them.
+    """
+    captions = captions or {}
     first = next(iter(pictures.values()))
     scale = cell / max(first.size)
     at = Layout(max(1, round(first.width * scale)), max(1, round(first.height * scale)))
     headings = [_fitted(name, at.width, at.letters * LINES * 4 // 3, at.letters) for name in columns]
     head = max(heading.height for heading in headings) + 2 * at.gap
-    bottom = head + len(rows) * (at.height + at.gap)
+    lines = max((caption.count("\n") + 1 for caption in captions.values()), default=0)
+    foot = lines * at.letters * 4 // 3
+    bottom = head + len(rows) * (at.height + foot + at.gap)
     sheet = Image.new("RGB", (at.left(len(columns)), bottom), PAPER)
     draw = ImageDraw.Draw(sheet)
     half = at.gap // 2
@@ -62,12 +70,16 @@ def grid(
         colour = ACCENT if column >= highlight else INK
         heading.draw(draw, (at.left(column) + at.width / 2, head / 2), "mm", colour)
     for row, prompt in enumerate(rows):
-        top = head + row * (at.height + at.gap)
+        top = head + row * (at.height + foot + at.gap)
         label = _fitted(prompt, at.labels - at.gap, at.height, at.letters)
         label.draw(draw, (at.gap, top + at.height / 2), "lm", INK)
         for column in range(len(columns)):
             picture = pictures[row, column].convert("RGB").resize((at.width, at.height), Image.Resampling.LANCZOS)
             sheet.paste(picture, (at.left(column), top))
+            if caption := captions.get((row, column)):
+                below = at.left(column) + at.width / 2, top + at.height + foot / 2
+                colour = ACCENT if column >= highlight else INK
+                _fitted(caption, at.width, foot, at.letters).draw(draw, below, "mm", colour)
     return sheet
 
 

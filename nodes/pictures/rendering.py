@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Scene:
 
     label: str
     conditioning: list[Any] | None = None  # None: the label is the prompt
+    speakers: tuple[int, ...] | None = None  # the LoRAs that it asks for, by number; None: not known
 
     def encoded(self, clip: Any) -> list[Any]:
         """CONDITIONING as this text encoder reads the prompt, with all that other nodes did to it."""
@@ -49,25 +51,40 @@ class Scene:
 def scenes_of(text: str, tasks: Sequence[Task | Combination]) -> list[Scene]:
     """One per line; without any, the first calibration prompt of each LoRA and combination.
 
+    A line may begin with the numbers of the LoRAs that it asks for, as in "1+3: the cat on a beach, sepia style".
+
     Raises:
-        SSRError: there is none either.
+        SSRError: there is none either, or a line is of a LoRA that is not there.
     """
+    names = [task.name for task in tasks if isinstance(task, Task)]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    scenes = [Scene(line) for line in lines] or [_first(task) for task in tasks if task.conditioning]
+    scenes = [_written(line, names) for line in lines]
+    scenes = scenes or [_first(number, task, names) for number, task in enumerate(tasks) if task.conditioning]
     if not scenes:
         raise SSRError("There is no prompt to compare with; write one per line.")
     return scenes
 
 
-def _first(task: Task | Combination) -> Scene:
+def _written(line: str, names: Sequence[str]) -> Scene:
+    found = re.fullmatch(r"(\d+(?:\s*\+\s*\d+)*)\s*:\s*(.+)", line)
+    if found is None:
+        return Scene(line)
+    speakers = sorted({int(number) - 1 for number in found[1].split("+")})
+    if not 0 <= speakers[0] <= speakers[-1] < len(names):
+        raise SSRError(f"{line!r} asks for a LoRA that is not there; there are {len(names)}: {', '.join(names)}.")
+    return Scene(found[2], speakers=tuple(speakers))
+
+
+def _first(number: int, task: Task | Combination, names: Sequence[str]) -> Scene:
     """All entries of the first prompt: a schedule has several."""
     first = task.conditioning[0]
+    speakers = (number,) if isinstance(task, Task) else task.case(names).speakers
     if PROMPT not in first[1]:
         name = task.name if isinstance(task, Task) else task.which
-        return Scene(f"{name}: its first prompt", [first])
+        return Scene(f"{name}: its first prompt", [first], speakers)
     text = first[1][PROMPT].text
     entries = [e for e in task.conditioning if PROMPT in e[1] and e[1][PROMPT].text == text]
-    return Scene(text, entries)
+    return Scene(text, entries, speakers)
 
 
 def render(
@@ -78,8 +95,8 @@ def render(
     vae: Any,
     how: Rendering,
     on_step: Callable[[Tensor], None],
-) -> list[Image.Image]:
-    """A picture of each scene; of a video its middle frame. All start from the same noise.
+) -> Iterator[tuple[Tensor, Image.Image]]:
+    """The latent and the picture of each scene; of a video its middle frame. All start from the same noise.
 
     Args:
         negative: CONDITIONING, or None: the empty prompt.
@@ -90,7 +107,6 @@ def render(
         against = encode(candidate.clip, "")
     else:
         against = [encode_anew(candidate.clip, entry) for entry in negative]
-    pictures = []
     for positive in with_text:
         comfy.model_management.throw_exception_if_processing_interrupted()
         samples = fitting(candidate.model, latent)[:1]
@@ -101,5 +117,4 @@ def render(
             disable_pbar=True,
             seed=how.seed,
         )
-        pictures.append(picture_of(vae.decode(sampled)))
-    return pictures
+        yield sampled, picture_of(vae.decode(sampled))

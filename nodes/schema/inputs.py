@@ -12,9 +12,9 @@ from ...ssr_core import SSRError
 from .sockets import ADVANCED, FIXED
 
 
-def seed(tooltip: str, **more: Any) -> io.Int.Input:
+def seed(tooltip: str, default: int = 0, **more: Any) -> io.Int.Input:
     return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=FIXED, tooltip=tooltip, **more
+        "seed", default=default, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=FIXED, tooltip=tooltip, **more
     )
 
 

@@ -16,6 +16,7 @@ CATEGORY = "SSR Merge"
 
 SSRTasks = io.Custom("SSR_TASKS")
 SSRStats = io.Custom("SSR_STATS")
+SSRSheet = io.Custom("SSR_SHEET")
 LoraModelSocket = io.Custom("LORA_MODEL")
 LoraStackSocket = io.Custom("LORA_STACK")
 

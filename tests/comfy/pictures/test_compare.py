@@ -42,18 +42,24 @@ def made(pack):
 
 
 def compare(made, prompts="", seed=5, cell=64, latent=None, **more):
+    return compared(made, prompts, seed, cell, latent, **more)[0]
+
+
+def compared(made, prompts="", seed=5, cell=64, latent=None, **more):
+    """All outputs."""
     model, clip, tasks, lora = made
     given = {"model": model, "clip": clip, "vae": Pixels(), "tasks": tasks, "lora": lora, **SAMPLING}
     latent = latent or empty_latent(16, 16)
-    return execute(node("compare.SSRCompare"), **given | more, latent=latent, prompts=prompts, seed=seed, cell=cell)[0]
+    return execute(node("compare.SSRCompare"), **given | more, latent=latent, prompts=prompts, seed=seed, cell=cell)
 
 
-def pictures(grid: torch.Tensor, rows: int, columns: int, cell: int = 64) -> list[list[torch.Tensor]]:
-    """The cells of a grid with square pictures, from the lower right corner on."""
+def pictures(grid: torch.Tensor, rows: int, columns: int, cell: int = 64, lines: int = 0) -> list[list[torch.Tensor]]:
+    """The cells of a grid with square pictures, from the lower right corner on, with so many lines below each."""
     gap, (height, width) = max(4, cell // 32), grid.shape[1:3]
+    foot = lines * max(12, cell // 10) * 4 // 3
     found = []
     for row in range(rows):
-        top = height - (rows - row) * (cell + gap)
+        top = height - (rows - row) * (cell + foot + gap)
         lefts = [width - (columns - column) * (cell + gap) for column in range(columns)]
         found.append([grid[0, top : top + cell, left : left + cell] for left in lefts])
     return found
@@ -91,7 +97,7 @@ def test_every_picture_is_what_stock_nodes_make_of_the_same_prompt_and_seed(made
 
 def test_without_prompts_the_rows_are_the_first_calibration_prompt_of_each_lora(made):
     model, clip, _, _ = made
-    cells = pictures(compare(made), 2, 6)
+    cells = pictures(compare(made), 2, 6, lines=1)
     for row, text in enumerate(("a cat", "a dog")):
         assert (cells[row][0] - stock(model, clip, text)).abs().max() < 0.01
 
@@ -155,6 +161,65 @@ def test_a_merge_of_another_model_is_refused(made):
     model, clip, tasks, _ = made
     with pytest.raises(core.ModelMismatchError, match="does not fit the model"):
         compare((model, clip, tasks, {"diffusion_model.blocks.7.attn.lora_A.weight": torch.ones(1, 4)}), "a cat")
+
+
+# --- numbers ---
+
+
+def latent_of(model, clip, text, seed=5):
+    nodes = importlib.import_module("nodes")
+    with torch.inference_mode():
+        cond, other = (clip.encode_from_tokens_scheduled(clip.tokenize(one)) for one in (text, ""))
+        return nodes.common_ksampler(model, seed, 3, 1.0, "euler", "simple", cond, other, empty_latent(16, 16))[0][
+            "samples"
+        ]
+
+
+def test_each_number_is_the_distance_of_the_latent_from_what_its_prompt_asks_for(made):
+    model, clip, _, lora = made
+    stack = load_lora(load_lora(model, CAT), DOG, 0.5)
+    _, said, images, sheet = compared(made, "2: a dog\na house\n1+2: a cat and a dog")
+    assert len(images) == 18 and all(image.shape == (1, 16, 16, 3) for image in images)
+    rows = {line[:12].strip(): line.split()[-6:] for line in said.splitlines()[2:]}
+    for text, wanted in (("a dog", load_lora(model, DOG, 0.5)), ("a cat and a dog", stack)):
+        base, found, right = (latent_of(one, clip, text) for one in (model, apply(model, lora), wanted))
+        off = float((found - right).square().sum() / (base - right).square().sum())
+        assert float(rows[text[:12].strip()][-1]) == pytest.approx(off, abs=1e-3)
+        assert float(rows[text[:12].strip()][0]) == 1
+    assert float(rows["a dog"][2]) == 0 and float(rows["a cat and a"][3]) == pytest.approx(0, abs=1e-3)
+    assert "a house" not in said and (1, 0) not in sheet.captions and sheet.captions[0, 0] == "1.00"
+
+
+def test_calibration_prompts_are_told_apart_and_have_means_by_kind(made):
+    model, clip, tasks, lora = made
+    combination = importlib.import_module("ssr_pack.nodes.reading.combination").Combination
+    prompts = [
+        combination("all", execute(node("prompts.SSRPrompts"), clip=clip, text=text)[0]) for text in ("both", "all two")
+    ]
+    said = compared((model, clip, (*tasks, *prompts), lora))[1].splitlines()
+    assert [line.split("  ")[0] for line in said[2:]] == [
+        *("a cat", "a dog", "both", "all two"),
+        *("mean, one at a time", "mean, several at once"),
+    ]
+
+
+def test_a_number_that_is_no_lora_is_refused(made):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match=r"'1\+3: both' asks for a LoRA that is not there; there are 2: cat, dog"):
+        compare(made, "1+3: both")
+
+
+def test_scores_of_another_node_stand_below_the_pictures_in_their_order(made):
+    core, cls = importlib.import_module("ssr_pack.ssr_core"), node("add_scores.SSRAddScores")
+    grid, _, images, sheet = compared(made, "1: a cat\na house")
+    scores = [float(image.mean()) for image in images]
+    scored, again = execute(cls, sheet=[sheet], scores=scores, label=["mean"])
+    assert again.captions[0, 1].split("\n") == [sheet.captions[0, 1], f"mean {scores[1]:.3g}"]
+    assert again.captions[1, 0] == f"mean {scores[6]:.3g}"
+    assert scored.shape[2] == grid.shape[2] and scored.shape[1] > grid.shape[1]
+    for wrong, said in ((scores[1:], "11 scores for 12 pictures"), (["x"] * 12, "scores are no numbers")):
+        with pytest.raises(core.SSRError, match=said):
+            execute(cls, sheet=[sheet], scores=wrong, label=[""])
 
 
 # --- the grid ---
