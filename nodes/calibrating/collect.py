@@ -61,6 +61,9 @@ def collect(
     _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
     loras = _read(tasks, model, clip, expand_rank)
+    if warnings := [line for lora in loras for line in lora.account.warnings(lora.task.name)]:
+        logging.warning("SSR Collect Stats: %s", " ".join(warnings))
+        tell(" ".join(warnings))
     collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank)
     if like is not None:
         _check_likeness(like, collection, clip)

@@ -116,14 +116,27 @@ class _Session:
             patcher, begins = prepared(self.patcher, speaking), self.begun.get(run.index, ())
             sample(patcher, run, recording, self.latent, self.on_step, begins, self.need)
             if not recording.heard and any(lora.model.updates for lora in speaking):
-                raise StatisticsError(
-                    f"{run.case.name}: the model ran, but none of the layers this LoRA changes did. "
-                    "A node that compiles or converts the model can hide its layers; connect the model before it."
-                )
+                raise StatisticsError(f"{run.case.name}: {_unheard(run)}")
         self.ran |= recording.ran
         self.idle |= recording.idle
         if isinstance(recording, Refinement):
             self.outside |= recording.outside
+
+
+def _unheard(run: Run) -> str:
+    """Why no layer ran that should have."""
+    spans = [(options.get("start_percent", 0.0), options.get("end_percent", 1.0)) for _, options in run.prompts]
+    if all(start > 0 or end < 1 for start, end in spans):
+        start, end = min(start for start, _ in spans), max(end for _, end in spans)
+        return (
+            f"its prompts are active only from {100 * start:.0f} % to {100 * end:.0f} % of the sampling, where none of "
+            f"the {run.sampling.seen} steps is that are looked at. Give prompts that are active throughout, or raise "
+            "steps."
+        )
+    return (
+        "the model ran, but none of the layers this LoRA changes did. A node that compiles or converts the model can "
+        "hide its layers; connect the model before it."
+    )
 
 
 def _collector(loaded: Sequence[LoadedLora], runs: Sequence[Run], earlier: Calibration | None) -> StatisticsCollector:

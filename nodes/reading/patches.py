@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -21,8 +22,10 @@ from ...ssr_core.lora.site import sum_by_site
 from . import adapters
 from .keys import ADAPTER, TEXT_ENCODER, owner
 from .loaded_lora import LoadedLora, Part, Patch
-from .lora_file import read
+from .lora_file import read_with_notes
 from .network import NamesOnly, Network
+from .place import Place
+from .spellings import cause, respelled
 from .task import Task, is_off
 from .tensor_account import LEFT_OUT, Account, Expanded, Fate, fates_of
 
@@ -38,7 +41,9 @@ def read_tasks(tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = 
         ModelMismatchError: nothing in it names a weight of this model, or sizes differ.
     """
     network, encoder = Network.of_model(model), None if clip is None else Network.of_text_encoder(clip)
-    return [_read_task(task, network, encoder, rank) for task in tasks]
+    # the text encoder's parts first: what cannot be done without clip is known before minutes of expanding
+    begun = [_begin(task, network, encoder, rank) for task in tasks]
+    return [_finish(one, network, encoder, rank) for one in begun]
 
 
 def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
@@ -46,72 +51,42 @@ def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> Loa
     return read_tasks([task], model, clip, rank)[0]
 
 
-def _read_task(task: Task, network: Network, connected: Network | None, rank: int) -> LoadedLora:
-    tensors, source = read(task)
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A file that is read, and what the text encoder gets of it."""
+
+    task: Task
+    source: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    known: Mapping[str, Any]  # names of both networks
+    text: _Reading
+    notes: tuple[str, ...]
+
+
+def _begin(task: Task, network: Network, connected: Network | None, rank: int) -> _Begun:
+    tensors, source, notes = read_with_notes(task)
     if not tensors:
         raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
+    tensors, told = respelled(tensors, network.key_map)
     encoder = connected or _names_only(tensors, network)
     known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
     find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
-    of_model = _Reader(task.name, network, task.strength, rank).read(tensors)
-    of_text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
+    text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
+    notes = (*notes, f"read with {told}, which Load LoRA would not do.") if told else notes
+    return _Begun(task, source, tensors, known, text, notes)
+
+
+def _finish(begun: _Begun, network: Network, connected: Network | None, rank: int) -> LoadedLora:
+    task, of_text = begun.task, begun.text
+    of_model = _Reader(task.name, network, task.strength, rank).read(begun.tensors)
     if not task.is_off:  # as a whole it may be in statistics from a file, which SSR Solve then leaves out
         of_model, of_text = _off(of_model, task.strength), _off(of_text, task.text_strength)
-    fates = fates_of(tensors, known, of_model.fates, of_text.fates, summed_text=connected is None)
-    account = Account(fates, (*of_model.expanded, *of_text.expanded))
-    loaded = LoadedLora(task, source, of_model.part, of_text.part, account)
-    _refuse_what_does_not_fit(loaded, network, connected)
+    fates = fates_of(begun.tensors, begun.known, of_model.fates, of_text.fates, summed_text=connected is None)
+    account = Account(fates, (*of_model.expanded, *of_text.expanded), begun.notes)
+    loaded = LoadedLora(task, begun.source, of_model.part, of_text.part, account)
+    _refuse_what_does_not_fit(loaded, network, connected, begun.tensors)
     return loaded
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a patch goes: a weight, or a slice of it."""
-
-    key: str
-    shape: tuple[int, ...]  # of the whole weight
-    axis: int = 0
-    start: int = 0
-    length: int = 0
-    rows: adapters.Rows | None = None  # a permutation of output rows
-
-    @classmethod
-    def of(cls, key: Any, network: Network | NamesOnly) -> Place | None:
-        """None where the network has no such weight."""
-        name, offset, rows = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
-        if not isinstance(name, str) or name not in network:
-            return None
-        shape = network.shape(name)
-        axis, start, length = offset or (0, 0, shape[0] if shape else 0)
-        return cls(name, shape, axis, start, length, rows)
-
-    @property
-    def slice_shape(self) -> tuple[int, ...]:
-        return tuple(self.length if i == self.axis else n for i, n in enumerate(self.shape))
-
-    def site(self, out: int) -> Site:
-        module, total = self.key.removesuffix(".weight"), self.shape[0] if self.shape else out
-        return Site(module, self.start, self.start + out, total) if self.axis == 0 else Site.whole(module, total)
-
-    def narrowed(self, weight: Tensor) -> Tensor:
-        return weight.narrow(self.axis, self.start, self.length)
-
-    def widened(self, update: LowRankUpdate) -> LowRankUpdate:
-        """An update of some input columns as one of all of them."""
-        if self.axis == 0:
-            return update
-        down = update.down.new_zeros(update.rank, *self.shape[1:])
-        down.narrow(self.axis, self.start, self.length).copy_(update.down)
-        return LowRankUpdate(down, update.up)
-
-    def embedded(self, difference: Tensor) -> Tensor:
-        """A difference of the slice as one of the whole weight."""
-        if not self.shape or tuple(difference.shape) == self.shape:
-            return difference
-        whole = difference.new_zeros(self.shape)
-        self.narrowed(whole).copy_(difference)
-        return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +120,20 @@ class _Reader:
             raise LoraError(f"{self.name} has no {error}, which an adapter in it needs; it is incomplete.") from error
         except (RuntimeError, ValueError) as error:  # an alpha that is not one number
             raise LoraError(f"{self.name} cannot be read ({error}); the file is damaged.") from error
+        misfits: list[ModelMismatchError] = []
+        bar = comfy.utils.ProgressBar(len(patches))
         for key, patch in patches.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
             place = Place.of(key, self.network)
-            fate = Fate.UNMATCHED if place is None else self._take(place, patch)
+            try:
+                fate = Fate.UNMATCHED if place is None else self._take(place, patch)
+            except ModelMismatchError as error:
+                misfits.append(error)
+                fate = Fate.MISFIT
             fates.update((id(value), fate) for value in _tensors(patch))
+            bar.update(1)
+        if 2 * len(misfits) > len(patches):  # of a few, Load LoRA leaves the weight as it is, and so do we
+            raise misfits[0]
         return _Reading(Part(sum_by_site(self.pieces), self.patches), fates, self.expanded)
 
     def _take(self, place: Place, patch: Any) -> Fate:
@@ -215,7 +199,9 @@ def _tensors(patch: Any) -> Iterator[Tensor]:
     return (value for value in held if isinstance(value, Tensor))
 
 
-def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, encoder: Network | None) -> None:
+def _refuse_what_does_not_fit(
+    loaded: LoadedLora, network: Network, encoder: Network | None, tensors: Mapping[str, Tensor]
+) -> None:
     name, fates = loaded.task.name, loaded.account.fates
     if loaded.model.updates or loaded.model.patches:
         return
@@ -225,11 +211,11 @@ def _refuse_what_does_not_fit(loaded: LoadedLora, network: Network, encoder: Net
     if left or not (loaded.text.updates or loaded.text.patches or set(fates.values()) == {Fate.DORMANT}):
         raise ModelMismatchError(
             f"{name} does not fit this model ({network.name}): none of its {len(left) or len(fates)} tensors "
-            f"matched, such as {(left or list(fates))[0]}; was it trained for another base?"
+            f"matched, such as {(left or list(fates))[0]}. {cause(tensors)}"
         )
     if set(fates.values()) == {Fate.DORMANT}:
         raise LoraError(f"{name} changes nothing: all its updates are zero, or their alpha is. Leave it out.")
-    if encoder is None:
+    if encoder is None and Fate.OFF not in fates.values():
         raise ModelMismatchError(
             f"{name} changes only the text encoder; connect clip to SSR Collect Stats to merge it."
         )

@@ -22,11 +22,13 @@ class Fate(Enum):
     OFF = "left out, being at strength 0"
     DORMANT = "change nothing (alpha 0 or all zero)"
     OVERWRITTEN = "left out, as ComfyUI does: another tensor of the file changes the same weight"
+    MISFIT = "left out, as ComfyUI does: of another size than this model's weights"
     UNREAD = "left out, as ComfyUI does: incomplete, or of a kind that it does not read"
     UNMATCHED = "left out: they name nothing in this model"
 
 
-LEFT_OUT = (Fate.OVERWRITTEN, Fate.UNREAD, Fate.UNMATCHED)
+LEFT_OUT = (Fate.OVERWRITTEN, Fate.MISFIT, Fate.UNREAD, Fate.UNMATCHED)
+LOSS = 0.05  # of the energy of all layers that became low-rank: more is told before anything is sampled
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Account:
 
     fates: Mapping[str, Fate]  # by key of the file
     expanded: tuple[Expanded, ...] = ()
+    notes: tuple[str, ...] = ()  # what else there is to say of the file
 
     def lines(self, name: str) -> Iterator[str]:
         """For the report."""
@@ -57,23 +60,35 @@ class Account:
                 example = next(key for key, found in self.fates.items() if found is fate)
                 parts.append(f"{counts[fate]} {fate.value}" + (f", such as {example}" if fate in LEFT_OUT else ""))
         yield f"{name}, {len(self.fates)} tensors: {'; '.join(parts)}."
+        yield from (f"{name}: {note}" for note in self.notes)
         if self.expanded:
             yield f"{name}: {self._expansions()}"
         if kinds := sorted({one.kind for one in self.expanded if one.on_base}):
             yield f"{name}: {' and '.join(kinds)} depend on the base's weights, so the merge holds for this base only."
 
+    def warnings(self, name: str) -> Iterator[str]:
+        """What a person would want to know before anything is sampled."""
+        yield from (f"{name}: {note}" for note in self.notes)
+        if misfits := [key for key, fate in self.fates.items() if fate is Fate.MISFIT]:
+            yield f"{name}: {len(misfits)} tensors are {Fate.MISFIT.value}, such as {misfits[0]}."
+        if self.expanded and self._kept < 1 - LOSS:
+            yield f"{name}: {self._expansions()}"
+
+    @property
+    def _kept(self) -> float:
+        total = sum(one.weighed for one in self.expanded)
+        return sum(one.kept * one.weighed for one in self.expanded) / total if total else 1.0
+
     def _expansions(self) -> str:
         kinds = Counter(one.kind for one in self.expanded)
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         worst = min(self.expanded, key=lambda one: one.kept)
-        total = sum(one.weighed for one in self.expanded)
-        kept = sum(one.kept * one.weighed for one in self.expanded) / total if total else 1.0
         text = f"{counted} layers became low-rank, of rank {max(one.rank for one in self.expanded)} at most"
         if worst.kept > 1 - 1e-4:
             return f"{text}, exactly."
         return (
-            f"{text}, keeping {100 * kept:.1f} % of their energy (least: {100 * worst.kept:.1f} % at {worst.layer}). "
-            "A higher expand_rank in SSR Collect Stats keeps more."
+            f"{text}, keeping {100 * self._kept:.1f} % of their energy (least: {100 * worst.kept:.1f} % at "
+            f"{worst.layer}). A higher expand_rank in SSR Collect Stats keeps more."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ...ssr_core import LoraError
+from ...ssr_core import LoraError, LowRankUpdate
 from ...ssr_core.files.storage import write_safetensors
 from .save_path import next_path
 
@@ -37,10 +37,21 @@ def save(loras: Sequence[tuple[Any, str]], dtype: str, where: str) -> tuple[list
     return listed, size
 
 
+def _balanced(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With both factors of each pair equally large: float16 holds the smallest values of some LoRAs only so."""
+    tensors = dict(lora)
+    for key in (key for key in lora if key.endswith(".lora_A.weight")):
+        other = f"{key.removesuffix('.lora_A.weight')}.lora_B.weight"
+        if other in lora:
+            pair = LowRankUpdate(lora[key].float(), lora[other].float().flatten(1)).balanced()
+            tensors |= {key: pair.down, other: pair.up.reshape(lora[other].shape)}
+    return tensors
+
+
 def _converted(lora: dict[str, torch.Tensor], dtype: torch.dtype, where: str) -> dict[str, torch.Tensor]:
     """Weights in `dtype`; alphas stay as they are. Nothing shares storage, as safetensors wants it."""
     tensors = {}
-    for key, value in lora.items():
+    for key, value in (_balanced(lora) if dtype == torch.float16 else lora).items():
         narrow = value.ndim > 0 and value.is_floating_point()
         tensors[key] = (value.to(dtype) if narrow else value).detach().cpu().contiguous().clone()
         if not torch.isfinite(tensors[key]).all():

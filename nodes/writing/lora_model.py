@@ -17,7 +17,7 @@ from ..reading.adapters import check_size
 from ..reading.keys import TEXT_ENCODER
 from ..reading.loaded_lora import Part, Patch
 from ..reading.network import Network
-from ..reading.patches import Place
+from ..reading.place import Place
 
 
 class LoraModel(dict[str, Tensor]):

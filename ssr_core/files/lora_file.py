@@ -111,6 +111,8 @@ def to_state_dict(
     """
     state: dict[str, Tensor] = {}
     for module, update in join_rows(updates).items():
+        if dtype == torch.float16:  # the smallest values of some LoRAs are below what it holds in full
+            update = LowRankUpdate(update.down.float(), update.up.float()).balanced()
         up = update.up.reshape(*update.up.shape, *(1,) * (update.down.ndim - 2))
         for end, value in (("lora_A", update.down), ("lora_B", up)):
             stored = value.to(dtype).contiguous().clone()

@@ -45,7 +45,10 @@ CASES = {
     ),
     "ranks that differ": (lambda: damaged(**{DOWN: torch.ones(3, 128)}), r"bad: .*img_attn\.proj.*differ in rank"),
     "NaN": (lambda: damaged(**{DOWN: torch.full((4, 128), torch.nan)}), r"bad: .*img_attn\.proj.*NaN"),
-    "wrong width": (lambda: damaged(**{DOWN: torch.ones(4, 64)}), r"bad: .*img_attn\.proj.*another variant"),
+    "wrong width": (
+        lambda: flux_lora("generic", width=256),
+        r"bad: .*double_blocks\.0.*another variant",
+    ),
     "another base": (
         lambda: {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": torch.ones(4, 2)},
         "bad does not fit",
@@ -71,7 +74,7 @@ CASES = {
         r"bad: .*img_attn\.proj.*(NaN|damaged)",
     ),
     "a DoRA whose scale does not fit": (
-        lambda: damaged(**{f"{PREFIX}.dora_scale": torch.ones(77, 1)}),
+        lambda: {k: v for k, v in damaged(**{f"{PREFIX}.dora_scale": torch.ones(77, 1)}).items() if PREFIX in k},
         r"bad: .*img_attn\.proj.* DoRA does not fit",
     ),
     "an OFT of another width": (
@@ -83,7 +86,7 @@ CASES = {
         r"bad: .*img_attn\.proj.*full difference of shape \(128, 64\)",
     ),
     "a transposed LoRA": (
-        lambda: damaged(**{DOWN: torch.ones(128, 4), UP: torch.ones(4, 128)}),
+        lambda: {DOWN: torch.ones(128, 4), UP: torch.ones(4, 128)},
         r"bad: .*img_attn\.proj",
     ),
     "alpha of NaN": (lambda: damaged(**{f"{PREFIX}.alpha": torch.tensor(torch.nan)}), r"bad: .*img_attn\.proj.*NaN"),

@@ -229,8 +229,11 @@ def test_the_state_dict_is_in_the_generic_spelling_with_alpha_equal_to_the_rank(
 
 def test_values_too_large_for_float16_are_refused_by_key_and_nothing_is_written(tmp_path):
     update = random_update(6, 8, 2)
-    update.up[0, 0] = 1e6
     updates = {Site.whole("blocks.0", 6): update}
+    update.up[0, 0] = 1e6  # the other factor takes a part of it
+    save_lora(updates, tmp_path / "m.safetensors", dtype=torch.float16)
+    (tmp_path / "m.safetensors").unlink()
+    update.up[0, 0] = 1e12
     with pytest.raises(LoraError, match=r"diffusion_model\.blocks\.0: .*torch\.float16.*bfloat16"):
         save_lora(updates, tmp_path / "m.safetensors", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
