@@ -35,7 +35,11 @@ class SSRCollectStats(io.ComfyNode):
                     tooltip="An empty latent of the size you render. A batch gives more samples per prompt.",
                 ),
                 inputs.seed("Of the calibration samples' noise; the same for every LoRA."),
-                inputs.steps("Sampling steps per prompt. One step sees only noise; 4 to 8 are enough.", default=8),
+                inputs.steps(
+                    "Sampling steps per prompt. One step sees only noise; 4 to 8 are enough. 0 runs nothing and needs "
+                    "no prompts: SSR Solve then merges from the LoRAs' weights alone.",
+                    default=8,
+                ),
                 inputs.sampler(),
                 inputs.scheduler(),
                 io.Int.Input(

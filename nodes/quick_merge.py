@@ -67,7 +67,8 @@ class SSRQuickMerge(io.ComfyNode):
                 inputs.scheduler(optional=True, **ADVANCED),
                 inputs.seed("Of the calibration samples' noise; the same for every LoRA.", optional=True, **ADVANCED),
                 inputs.steps(
-                    "Sampling steps per prompt while calibrating. 4 to 8 are enough.",
+                    "Sampling steps per prompt while calibrating. 4 to 8 are enough. 0 merges from the LoRAs' weights "
+                    "alone, in seconds and without prompts; what the model makes of them is then not known.",
                     default=8,
                     optional=True,
                     **ADVANCED,
@@ -134,13 +135,13 @@ class SSRQuickMerge(io.ComfyNode):
         **chosen: Any,
     ) -> io.NodeOutput:
         tasks, proposed = [], {}
-        for entry, lines, where in _chosen(lora_stack, chosen):
+        for entry, lines, where in _chosen(lora_stack, chosen, PICKERS if steps else 0):
             task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
-            if not task.is_off:
+            if steps and not task.is_off:
                 prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
                 task = replace(task, conditioning=encode_lines(clip, prompts, where))
             tasks.append(task)
-        together = combinations_of(clip, combinations, f"{NAME}: combinations")
+        together = combinations_of(clip, combinations, f"{NAME}: combinations") if steps else []
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731
         stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)
@@ -182,13 +183,13 @@ def _picker(number: int) -> list[Any]:
             dynamic_prompts=False,
             optional=optional,
             tooltip="A few prompts that show what this LoRA is for, one per line, with its trigger words. Empty: "
-            "some are proposed from what the file tells of its training, and shown.",
+            "some are proposed from what the file tells of its training, and shown. None are needed with 0 steps.",
         ),
     ]
 
 
-def _chosen(stack: Any, chosen: dict[str, Any]) -> list[tuple[StackedLora, list[str], str]]:
-    """Each LoRA with the lines of its prompts, and how errors call them.
+def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[StackedLora, list[str], str]]:
+    """Each LoRA with the lines of its prompts, and how errors call them; of a stack `most`, 0 = any number.
 
     Raises:
         LoraError: too few LoRAs, more than there are prompts for, or LoRAs in both places.
@@ -200,10 +201,10 @@ def _chosen(stack: Any, chosen: dict[str, Any]) -> list[tuple[StackedLora, list[
     stacked = read_stack(stack, NAME)
     if stacked and any(name != NONE for name, _ in picked):
         raise LoraError(f"{NAME}: LoRAs are chosen here and in lora_stack; choose {NONE} here, or disconnect it.")
-    if len(stacked) > PICKERS:
+    if most and len(stacked) > most:
         raise LoraError(
-            f"{NAME}: lora_stack holds {len(stacked)} LoRAs, and there is room for the prompts of {PICKERS}; use "
-            "SSR Add LoRA Stack."
+            f"{NAME}: lora_stack holds {len(stacked)} LoRAs, and there is room for the prompts of {most}; use "
+            "SSR Add LoRA Stack, or set steps to 0 to merge from their weights alone."
         )
     numbered = list(enumerate(stacked, 1)) or [
         (number, read_stack([entry], NAME)[0]) for number, entry in enumerate(picked, 1) if entry[0] != NONE

@@ -52,6 +52,7 @@ from .statistics.calibration import Calibration
 from .statistics.case import Case
 from .statistics.correction import Correction
 from .statistics.sufficient_statistics import SufficientStatistics
+from .statistics.weight_calibration import weight_calibration
 
 __all__ = [
     "Accumulator",
@@ -119,4 +120,5 @@ __all__ = [
     "to_state_dict",
     "treatment_of",
     "truncate",
+    "weight_calibration",
 ]

@@ -31,6 +31,7 @@ def without_calibration(bed: Testbed, names: Sequence[str]) -> dict[str, Deltas]
         "KnOTS": _combined(bed, names, lambda deltas: rivals.knots(deltas, DENSITY)),
         "WUDI": _combined(bed, names, rivals.wudi),
         "NP-LoRA": _combined(bed, names, lambda deltas: rivals.null_space(deltas, styles)),
+        "ours, no calibration": merged(host.ssr_core.weight_calibration([bed.lora(name) for name in names])),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 FREE = ("stack 1.0", "stack 0.7", "stack 1/K", "TIES", "DARE-TIES", "SVD", "KnOTS", "WUDI", "NP-LoRA")
+INSTANT = "ours, no calibration"
 RIVALS = ("RegMean", "IterIS start", "IterIS", "paper")
 OURS = ("ours, no pairs", "ours", "ours, own lines", "ours, size of one")
 WHOLE, SMALL = "ours", "ours, size of one"  # what was polished
@@ -41,7 +42,7 @@ def text(about: str, rows: Rows) -> str:
 
 def error(rows: Rows, kind: str, subset: str, way: str, budget: tuple[int, int], asked: str = "singles") -> float:
     """Mean over the asks of one subset; NaN if there are none."""
-    budget = (0, 0) if way in FREE else budget
+    budget = (0, 0) if way in (*FREE, INSTANT) else budget
     found = [
         row[kind]
         for row in rows
@@ -75,13 +76,18 @@ def _subsets(rows: Rows, asked: str = "singles") -> list[str]:
     return list(dict.fromkeys(row["subset"] for row in rows if _kind(row) == asked))
 
 
+def _instant(rows: Rows) -> tuple[str, ...]:
+    """Not in results that are older than it."""
+    return (INSTANT,) if any(row["way"] == INSTANT for row in rows) else ()
+
+
 def _means(rows: Rows, kind: str, asked: str, chosen: Sequence[tuple[int, int]]) -> str:
     """A row for each way: there are more of them than of budgets."""
 
     def mean(way: str, budget: tuple[int, int]) -> str:
         return f"{fmean(error(rows, kind, s, way, budget, asked) for s in _subsets(rows, asked)):.3f}"
 
-    free = [[way, *[mean(way, chosen[0])] * len(chosen)] for way in FREE]
+    free = [[way, *[mean(way, chosen[0])] * len(chosen)] for way in (*FREE, *_instant(rows))]
     body = free + [[way, *(mean(way, budget) for budget in chosen)] for way in _calibrated(rows)]
     return _table(["steps x prompts", *map(_name, chosen)], body)
 
@@ -95,6 +101,7 @@ def _ratios(rows: Rows) -> str:
     wanted: list[tuple[str, Sequence[str], str, Sequence[str], list[str]]] = [
         ("singles, {} / paper", both[:1], "ours", ["paper"], singles),
         ("singles, {} / paper", both[:1], "ours, size of one", ["paper"], singles),
+        *(("singles, {} / best plain stack", both[:1], way, STACKS, singles) for way in _instant(rows)),
         ("singles, {} / best plain stack", both[:1], "ours", STACKS, singles),
         ("singles, {} / best of all others", both[:1], "ours", others, singles),
         *(
@@ -131,7 +138,7 @@ def _ratios(rows: Rows) -> str:
 
 
 def _every(rows: Rows, asked: str) -> str:
-    ways = (*FREE, *_calibrated(rows))
+    ways = (*FREE, *_instant(rows), *_calibrated(rows))
     body = [
         [subset, _name(b), *(f"{error(rows, 'velocity', subset, way, b, asked):.3f}" for way in ways)]
         for subset in _subsets(rows, asked)
@@ -152,10 +159,9 @@ def plot(about: str, rows: Rows, target: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 5), layout="constrained", sharey=True)
     for axis, asked in zip(axes, ASKS, strict=True):
         subsets = _subsets(rows, asked)
-        errors = {
-            way: fmean(error(rows, kind, s, way, last, asked) for s in subsets) for way in (*FREE, *_calibrated(rows))
-        }
-        colours = ["tab:orange" if way in (*OURS, *_polished(rows)) else "tab:blue" for way in errors]
+        ways = (*FREE, *_instant(rows), *_calibrated(rows))
+        errors = {way: fmean(error(rows, kind, s, way, last, asked) for s in subsets) for way in ways}
+        colours = ["tab:orange" if way in (INSTANT, *OURS, *_polished(rows)) else "tab:blue" for way in errors]
         axis.barh(list(errors), list(errors.values()), color=colours)
         axis.axvline(1, color="grey", lw=0.5)
         axis.set(title=f"{asked}: {kind} error, calibrated with {_name(last)}")

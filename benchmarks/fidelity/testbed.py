@@ -99,7 +99,7 @@ class Testbed:
         self._conditioning: dict[str, Any] = {}
         self._modules = dict(self.patcher.model.named_modules())
         self._references: dict[Ask, Reference] = {}
-        self._updates: dict[str, Mapping[Any, Any]] = {}
+        self._loras: dict[str, Any] = {}
         self._alone: dict[str, Deltas] = {}
         self._to_pixels = torch.linalg.pinv(PatchComponents(**storage.load("components")).components)
 
@@ -198,11 +198,15 @@ class Testbed:
     def loaded(self, task: Any) -> Any:
         return host.nodes.patches.read_task(task, self.patcher)
 
-    def updates(self, name: str) -> Mapping[Any, Any]:
+    def lora(self, name: str) -> Any:
         """One LoRA as the pack reads it."""
-        if name not in self._updates:
-            self._updates[name] = self.loaded(self.task(name, 1)).lora.updates
-        return self._updates[name]
+        if name not in self._loras:
+            self._loras[name] = self.loaded(self.task(name, 1)).lora
+        return self._loras[name]
+
+    def updates(self, name: str) -> Mapping[Any, Any]:
+        """Its updates by site."""
+        return self.lora(name).updates
 
     def rank(self, names: Sequence[str]) -> int:
         """Of the largest of these LoRAs."""

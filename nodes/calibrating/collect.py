@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError
+from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError, weight_calibration
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
 from ...ssr_core.solve.likeness import alike
@@ -27,7 +27,7 @@ from .progress import show_steps
 from .prompt import texts
 from .runs import REFINE, Sampling, plan
 from .stats import Sampled, Stats
-from .text_encoder import calibrate_text
+from .text_encoder import calibrate_text, spelt_out
 
 
 def collect(
@@ -44,7 +44,7 @@ def collect(
     like: Stats | None = None,
     pairs: int = PAIRS,
 ) -> Stats:
-    """Sample each case's prompts with its LoRAs active, and measure.
+    """Sample each case's prompts with its LoRAs active, and measure. With 0 steps nothing is run or measured.
 
     Args:
         tell: is told what happens, in words.
@@ -58,6 +58,8 @@ def collect(
     """
     started = time.perf_counter()
     tasks, asked, off = without_off(*parted(tasks))
+    if not sampling.steps:
+        return _unmeasured(model, tasks, sampling, tell, clip, expand_rank, like, off)
     _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
     loras = _read(tasks, model, clip, expand_rank)
@@ -79,20 +81,66 @@ def collect(
         earlier=earlier,
     )
     tell("\n".join([_summary(calibration, cases, time.perf_counter() - started), *_warnings(calibration, loras)]))
+    sampled = (Sampled.of(runs, latent),)
+    return _stats(model, loras, calibration, text, clip, silent, collection, sampled, (*off, *notes))
+
+
+def _unmeasured(
+    model: Any,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    tell: Callable[[str], None],
+    clip: Any,
+    expand_rank: int,
+    like: Stats | None,
+    off: Sequence[str],
+) -> Stats:
+    """What the LoRAs' weights alone let one expect; prompts and combinations are not looked at."""
+    _check_any(tasks)
+    if like is not None:
+        raise SSRError("Statistics are connected to like, but with 0 steps nothing is measured; disconnect them.")
+    loras = _read(tasks, model, clip, expand_rank)
+    collection = Circumstances.of(model, tasks, cases_of(tasks, (), 0), sampling, 0, 0, expand_rank)
+    of_text = [lora.text_lora for lora in loras] if clip is not None else []
+    text = weight_calibration(of_text) if any(lora.updates for lora in of_text) else None
+    calibration = weight_calibration([lora.lora for lora in loras])
+    tell(f"{len(loras)} LoRAs, {len(calibration.subspaces)} sites. 0 steps: only their weights are known.")
+    text = None if text is None else spelt_out(text)
+    return _stats(model, loras, calibration, text, clip, (), collection, (), off)
+
+
+def _stats(
+    model: Any,
+    loras: Sequence[LoadedLora],
+    calibration: Calibration,
+    text: Calibration | None,
+    clip: Any,
+    silent: tuple[str, ...],
+    collection: Circumstances,
+    sampled: tuple[Sampled, ...],
+    notes: Sequence[str],
+) -> Stats:
     of_text = (None,) * len(loras) if text is None else text.loras
     shared = (lora.sharing(own, other) for lora, own, other in zip(loras, calibration.loras, of_text, strict=True))
     return Stats(
         *(tuple(shared), calibration, text, clip is not None, silent),
-        *(describe(model, loras, [collection]), (collection,), (Sampled.of(runs, latent),), (*off, *notes)),
+        *(describe(model, loras, [collection]), (collection,), sampled, tuple(notes)),
     )
+
+
+def _check_any(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
 
 
 def _check(tasks: Sequence[Task], sampling: Sampling, before: Any) -> None:
     """Raise SSRError for what cannot be meant, before any LoRA is read."""
-    if not tasks:
-        raise LoraError("There is no LoRA to merge; add some with SSR Add LoRA.")
+    _check_any(tasks)
     if bare := [task.name for task in tasks if not task.conditioning]:
-        raise LoraError(f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA.")
+        raise LoraError(
+            f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA. Or set steps "
+            "to 0, to merge from the LoRAs' weights alone."
+        )
     if sampling.cfg > 1 and not sampling.negative:
         raise SSRError("cfg needs a negative prompt; connect one, or set cfg to 1.")
     if sampling.seen < 1:

@@ -81,8 +81,8 @@ def _renamed(calibration: Calibration, name: Callable[[str], str]) -> Calibratio
 
 
 def merge_text(calibration: Calibration, settings: MergeSettings) -> Merge:
-    """The merge of the text encoder's parts from what was measured."""
-    return merge(calibration, text_settings(settings))
+    """The merge of the text encoder's parts from what was measured, or else from their weights."""
+    return merge(calibration, text_settings(settings) if calibration.measured else settings)
 
 
 def text_settings(settings: MergeSettings) -> MergeSettings:

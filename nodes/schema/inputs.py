@@ -19,7 +19,8 @@ def seed(tooltip: str, default: int = 0, **more: Any) -> io.Int.Input:
 
 
 def steps(tooltip: str, default: int, **more: Any) -> io.Int.Input:
-    return io.Int.Input("steps", default=default, min=1, max=10000, tooltip=tooltip, **more)
+    """0 = no calibration."""
+    return io.Int.Input("steps", default=default, min=0, max=10000, tooltip=tooltip, **more)
 
 
 def cfg(tooltip: str, **more: Any) -> io.Float.Input:

@@ -35,7 +35,12 @@ def save_statistics(
 
 
 def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What was measured as tensors and a header of strings: the upper triangles only."""
+    """What was measured as tensors and a header of strings: the upper triangles only.
+
+    Raises:
+        StatisticsError: nothing was measured.
+    """
+    calibration.check_measured()
     tensors, sites = _context_rows(calibration), []
     for index, (site, statistics) in enumerate(calibration.statistics.items()):
         tensors |= {f"gram/{index}/{task}": gram for task, gram in enumerate(statistics.grams.packed) if len(gram)}

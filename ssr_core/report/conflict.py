@@ -136,6 +136,7 @@ def find_conflict(
     """
     settings = settings or MergeSettings()
     settings.check(len(calibration.loras))
+    calibration.check_measured()
     if not calibration.statistics:
         raise StatisticsError("There is only one LoRA, so none disturbs another.")
     strengths = settings.strengths or tuple(lora.strength for lora in calibration.loras)

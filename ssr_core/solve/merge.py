@@ -71,7 +71,11 @@ def merge_of(problem: Problem, on_site: OnSite = lambda done, total: None) -> Me
         reports.append(report)
         if update is not None:
             updates[site] = _in_float32(update, site)
-    whole = Report(calibration.names, problem.strengths, tuple(reports), cases=calibration.cases)
+    whole = Report(
+        *(calibration.names, problem.strengths, tuple(reports)),
+        cases=calibration.cases,
+        measured=calibration.measured,
+    )
     return Merge(updates, replace(whole, alike=alike(calibration.subspaces)))
 
 

@@ -26,6 +26,7 @@ class Calibration:
     statistics: Mapping[Site, SufficientStatistics]
     corrections: Mapping[Site, Correction] = field(default_factory=dict)  # of sites that a merge was tried at
     cases: tuple[Case, ...] = ()  # (C,) the first K are each LoRA by itself; given empty, there are no others
+    measured: bool = True  # False: only expected, from the LoRAs' weights
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cases", self.cases or singles(len(self.loras)))
@@ -39,12 +40,22 @@ class Calibration:
         """(C,) tokens seen by the busiest site, per case."""
         return tuple(max((s.tokens[c] for s in self.statistics.values()), default=0) for c in range(len(self.cases)))
 
+    def check_measured(self) -> None:
+        """Raise StatisticsError unless a model was run for this."""
+        if not self.measured:
+            raise StatisticsError(
+                f"Nothing was measured of {', '.join(self.names)}; this is what their weights alone let one expect "
+                "(steps 0). It can be merged, but neither saved, added nor reported on. Collect with steps above 0."
+            )
+
     def __add__(self, other: Calibration) -> Calibration:
         """Both calibrations of the same LoRAs together: more prompts, more cases, or another machine's.
 
         Raises:
-            StatisticsError: they are of other LoRAs.
+            StatisticsError: they are of other LoRAs, or were not measured.
         """
+        self.check_measured()
+        other.check_measured()
         if self.subspaces.keys() != other.subspaces.keys():
             raise StatisticsError(
                 f"These statistics are of other LoRAs ({', '.join(self.names)} and {', '.join(other.names)}); "
@@ -131,4 +142,4 @@ class Calibration:
             site: found.chosen(where, kept[site], spaces[site].fingerprint, found.strengths)
             for site, found in self.corrections.items()
         }
-        return Calibration(loras, spaces, statistics, corrections, cases)
+        return Calibration(loras, spaces, statistics, corrections, cases, self.measured)

@@ -259,3 +259,18 @@ def test_proposals_come_apart_by_lora_with_those_of_pairs_and_say_what_is_not_kn
     core = importlib.import_module("ssr_pack.ssr_core")
     with pytest.raises(core.LoraError, match="choose a LoRA"):
         execute(cls, count=4, pairs=2)
+
+
+def test_with_no_steps_nothing_runs_and_no_prompt_is_read(model, clip, files, monkeypatch):
+    ran = []
+    monkeypatch.setattr(model.model.diffusion_model, "forward", lambda *_, **__: ran.append(1))
+    inputs = chosen("cat.safetensors", "house.safetensors", prompts=("", ""))
+    patched, _, lora, report = quick(model, clip, steps=0, **inputs, combinations="not even a combination")
+    assert not ran and "from the weights alone" in report
+    assert {key.partition(".")[0] for key in lora} == {"diffusion_model", "text_encoders"}
+    assert patched.patches and model.patches == {}
+
+
+def test_with_no_steps_a_stack_may_hold_any_number_of_loras(model, clip, files):
+    stack = [("cat.safetensors", 0.5, 0.5), ("house.safetensors", 1.0, 1.0), ("third.safetensors", 1.0, 1.0)] * 2
+    assert quick(model, clip, steps=0, lora_stack=stack)[3].startswith("6 LoRAs")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = {
     "": ("errors", "parallel"),
     "lora": ("low_rank_update", "expansion", "site", "lora", "subspace"),
-    "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration"),
+    "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration", "weight_calibration"),
     "measure": (
         *("accumulator", "layer", "finding", "sketch", "token_choice", "tap"),
         *("recording", "refinement", "requirement", "collector", "distributed"),

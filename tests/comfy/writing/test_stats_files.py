@@ -268,3 +268,26 @@ def test_a_file_of_the_first_version_is_loaded_and_solved(model):
 
 def listed():
     return importlib.import_module("ssr_pack.nodes.writing.stats_folder").listed()
+
+
+# --- without steps ---
+
+
+def test_statistics_of_no_steps_are_solved_with_all_settings_and_told_as_such(model):
+    tasks_ = [task(CAT, "cat", 1.0, ()), task(DOG, "dog", 1.0, ())]
+    stats = collect(model, *tasks_, steps=0)
+    lora, report = solve(stats, strengths="1, 0")
+    assert "from the weights alone" in report and json.loads(lora.metadata["ssr.calibration"])["steps"] == 0
+    listed = importlib.import_module("ssr_pack.nodes.writing.stats_folder").listed
+    before = listed()
+    core = importlib.import_module("ssr_pack.ssr_core")
+    for use in (lambda: save(stats), lambda: add(stats, stats), lambda: execute(node("report.SSRReport"), stats=stats)):
+        with pytest.raises(core.StatisticsError, match=r"Nothing was measured of cat, dog.*steps above 0"):
+            use()
+    assert listed() == before
+
+
+def test_statistics_of_no_steps_are_like_no_others(model):
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.SSRError, match="with 0 steps nothing is measured"):
+        collect(model, *tasks(), steps=0, like=collect(model, *tasks(), steps=1))
