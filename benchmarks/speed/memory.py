@@ -68,7 +68,7 @@ def measured(
         return peak(inside, device) - base
 
     def told(collector: StatisticsCollector, context: int, refine: bool) -> int:
-        need = collector.requirement(context, refine, itemsize)
+        need = collector.requirement(context, refine, args[0].dtype)
         return need.device if device.startswith("cuda") else need.device + need.host // len(tasks)
 
     def kinds(collector: StatisticsCollector, context: int) -> Iterator[tuple[str, int, int, int]]:
@@ -135,7 +135,7 @@ def print_predictions() -> None:
     for count, rank in SIZES:
         for context in (0, CONTEXT):
             for refine in (False, True):
-                need = Requirement.of(real_flux(count, rank), context, refine, itemsize=2)
+                need = Requirement.of(real_flux(count, rank), context, refine, torch.bfloat16)
                 device, host = need.device / 2**30, need.host / 2**30
                 fits = "yes" if device <= room else "no"
                 cells = f"{context:>9}{'yes' if refine else 'no':>9}{device:>13.2f}{fits:>6}{host:>11.2f}"

@@ -76,7 +76,7 @@ def collect(
         *(model, loras, runs, latent, 0 if like is not None else context),
         on_step=show_steps(model, sum(run.steps + run.unseen for run in runs)),
         on_run=lambda number: tell(f"{number + 1} of {len(runs)}: {runs[number].kind.value}, {runs[number].case.name}"),
-        on_need=lambda need: tell(_needs(need, model.load_device)),
+        on_need=lambda need, groups: tell(_needs(need, model.load_device, groups)),
         before=before,
         earlier=earlier,
     )
@@ -165,9 +165,12 @@ def _read(tasks: Sequence[Task], model: Any, clip: Any, expand_rank: int) -> lis
     return loras
 
 
-def _needs(need: Requirement, device: torch.device) -> str:
-    there = f"{size(need.device)} on {device} beside the model, " if device.type != "cpu" else ""
-    text = f"Collecting takes about {there}{size(need.host)} of memory."
+def _needs(need: Requirement, device: torch.device, groups: int) -> str:
+    there = f"{size(need.device)} on {device} beside the model" if device.type != "cpu" else ""
+    if groups > 1:
+        text = f"Refining goes through the layers in {groups} parts, one after the other, of {there} each."
+    else:
+        text = f"Collecting takes about {there}{', ' if there else ''}{size(need.host)} of memory."
     logging.info("SSR Collect Stats: %s", text)
     return text
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import comfy.model_management
+import torch
 from torch import Tensor
 
 from ...ssr_core import (
@@ -24,9 +25,11 @@ from ...ssr_core import (
 )
 from ...ssr_core.measure.refinement import Uncompared
 from ..reading.loaded_lora import LoadedLora
-from .memory import check_host, itemsize
+from .memory import check_host, groups_that_fit, precision
 from .runs import Kind, Run
-from .sampling import OnStep, begin, sample
+from .sampling import OnStep, begin, fitting, sample
+
+OnNeed = Callable[[Requirement, int], None]
 
 
 class Calibrated(NamedTuple):
@@ -45,7 +48,7 @@ def calibrate(
     context: int,
     on_step: OnStep,
     on_run: Callable[[int], None],
-    on_need: Callable[[Requirement], None] = lambda need: None,
+    on_need: OnNeed = lambda need, groups: None,
     before: Any = None,
     earlier: Calibration | None = None,
 ) -> Calibrated:
@@ -54,7 +57,8 @@ def calibrate(
     Args:
         on_step: called after each sampling step with the predicted clean latent.
         on_run: called with the number of each run before it starts.
-        on_need: called first, with the memory that all of it will take.
+        on_need: called first, with the memory that it will take, and again before refining where there is room for only
+            a part of the layers at a time, with that of one part and how many there are.
         before: the model that samples the steps before the first that is looked at.
         earlier: statistics of the same LoRAs in the same order, in whose subspaces it is measured. The merge that
             refinement looks at is made from both.
@@ -62,8 +66,10 @@ def calibrate(
     collector = _collector(loaded, runs, earlier)
     refined = {run.index for run in runs if run.kind is Kind.REFINE}
     unrefined = len({run.index for run in runs} - refined)
-    need = collector.requirement(context, bool(refined), itemsize(patcher), unrefined)
-    on_need(need)
+    dtype = precision(patcher)
+    host = collector.requirement(context, bool(refined), unrefined=unrefined).host
+    need = replace(collector.requirement(context, dtype=dtype), host=host)
+    on_need(need, 1)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
     session = _Session(patcher, loaded, latent, on_step, begun, need.device, collector)
@@ -75,6 +81,7 @@ def calibrate(
         survey = context if run.kind is Kind.SURVEY else 0
         session.carry_out(run, collector.recording(run.case.case.speakers, survey, run.sampling.tokens))
     found, failure = collector.calibration(), list[str]()
+    groups = _groups(session, dtype, on_need) if refined else []
     try:
         updates: Mapping[Site, LowRankUpdate] = {}
         for number, run in enumerate(runs[len(measuring) :], len(measuring)):
@@ -82,7 +89,9 @@ def calibrate(
             if run.index == 0:  # a round begins: whatever happens in it, the one before stands
                 found = collector.calibration()
                 updates = merge(found if earlier is None else earlier + found, on_site=_interruptible).updates
-            session.carry_out(run, collector.refinement(run.case.case.speakers, updates))
+            for part, modules in enumerate(groups):
+                session.on_step = on_step if not part else _unseen  # the bar counts each point once
+                session.carry_out(run, collector.refinement(run.case.case.speakers, updates, modules))
         found = collector.calibration()
     except comfy.model_management.InterruptProcessingException:
         raise
@@ -143,6 +152,24 @@ def _collector(loaded: Sequence[LoadedLora], runs: Sequence[Run], earlier: Calib
     combinations = max(0, len({run.index for run in runs}) - len(loaded))
     subspaces = None if earlier is None else earlier.subspaces
     return StatisticsCollector([one.lora for one in loaded], subspaces, combinations)
+
+
+def _groups(session: _Session, dtype: torch.dtype, on_need: OnNeed) -> list[frozenset[str]]:
+    """The layers in as few groups as fit on the device; what each takes is then the need of the session."""
+    collector, patcher = session.collector, session.patcher
+
+    def need(groups: int) -> Requirement:
+        return collector.requirement(refine=True, dtype=dtype, groups=groups)
+
+    count = groups_that_fit(patcher, fitting(patcher, session.latent), lambda groups: need(groups).device)
+    session.need = need(count).device
+    if count > 1:
+        on_need(need(count), count)
+    return collector.groups(count)
+
+
+def _unseen(x0: Tensor) -> None:
+    """What a step shows that was shown before."""
 
 
 def _failed(error: Exception) -> str:

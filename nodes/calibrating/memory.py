@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as management
@@ -10,14 +11,35 @@ import torch
 from ...ssr_core import Requirement, SSRError
 from ...ssr_core.measure.layer import WIDENED
 
+GROUPS = 8  # of layers that are refined one after the other, at most
 
-def itemsize(patcher: Any) -> int:
-    """Bytes of a number in the precision in which the layers' signals are computed."""
+
+def precision(patcher: Any) -> torch.dtype:
+    """What the layers' signals are computed in."""
     if patcher.load_device.type in WIDENED:
-        return 4
+        return torch.float32
     model = patcher.model
     dtype: torch.dtype = getattr(model, "get_dtype_inference", model.get_dtype)()
-    return max(dtype.itemsize, 2)
+    return dtype if dtype.itemsize >= 2 else torch.bfloat16
+
+
+def groups_that_fit(patcher: Any, latent: torch.Tensor, need: Callable[[int], int]) -> int:
+    """In how few groups of layers refining fits beside the whole model; GROUPS, if in no number of them.
+
+    Each group takes runs of its own, so that memory is bought with time. Beyond GROUPS it is cheaper to have ComfyUI
+    move a part of the model off the device.
+
+    Args:
+        latent: what is sampled.
+        need: bytes on the device by the number of groups.
+    """
+    device = patcher.load_device
+    if device.type == "cpu":
+        return 1
+    both = [2 * latent.shape[0], *latent.shape[1:]]  # as ComfyUI counts it: the positive and the negative prompt
+    running = max(patcher.model.memory_required(both), management.minimum_inference_memory())
+    room = management.get_total_memory(device) - patcher.model_size() - running
+    return next((groups for groups in range(1, GROUPS) if need(groups) <= room), GROUPS)
 
 
 def check_host(need: Requirement) -> None:
@@ -46,7 +68,7 @@ def make_room(need: int, device: torch.device) -> torch.Tensor | None:
     except torch.cuda.OutOfMemoryError as error:
         raise SSRError(
             f"Collecting needs {size(need)} on {device} beside the model, and less is free. Lower context, "
-            "set refine to 0, or merge fewer LoRAs at a time."
+            "or merge fewer LoRAs at a time."
         ) from error
 
 

@@ -22,6 +22,9 @@ def kept_if_failing(stats: Stats) -> Iterator[None]:
     Raises:
         SSRError: what was raised inside, with the name of the file.
     """
+    if not stats.calibration.measured:  # there is nothing to lose
+        yield
+        return
     try:
         yield
     except comfy.model_management.InterruptProcessingException:

@@ -10,7 +10,6 @@ from ..statistics.grams import Grams, pack
 from ..statistics.sufficient_statistics import SufficientStatistics
 
 PANEL = 256  # columns that are multiplied at a time: below them, half of the product is not needed
-SINGLE = 512  # rows from which sums off the CPU are kept in float32: beyond, they outgrow the model's own layers
 
 
 class Accumulator:
@@ -28,16 +27,11 @@ class Accumulator:
     def update(self, z: Tensor) -> None:
         """Add tokens. z: (tokens, R), float32 or float64."""
         if self._gram is None:
-            self._gram = zeros(z.shape[1], z.shape[1], device=z.device, dtype=_sum_dtype(z))
-        # float64 throughout where it is cheap; elsewhere the product in float32 and only the sum in float64
-        z = z.double() if z.device.type == "cpu" else z.float()
+            self._gram = zeros(z.shape[1], z.shape[1], device=z.device, dtype=sum_dtype(z.device))
+        z = z.to(self._gram.dtype)
         for start in range(0, z.shape[1], PANEL):
             columns, rows = slice(start, start + PANEL), slice(0, start + PANEL)
-            panel = self._gram[rows, columns]
-            if panel.dtype == z.dtype:
-                panel.addmm_(z[:, rows].mT, z[:, columns])
-            else:
-                panel += z[:, rows].mT @ z[:, columns]
+            self._gram[rows, columns].addmm_(z[:, rows].mT, z[:, columns])
         self.tokens += z.shape[0]
 
     def compute(
@@ -67,6 +61,9 @@ def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, device=device, dtype=dtype)
 
 
-def _sum_dtype(z: Tensor) -> torch.dtype:
-    narrow = z.device.type == "mps" or (z.device.type != "cpu" and z.shape[1] > SINGLE)
-    return torch.float32 if narrow else torch.float64
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over one run: float64 where it is cheap.
+
+    Elsewhere each addition would be a kernel of its own, or not exist, and the products are in float32 in any case.
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32

@@ -21,7 +21,7 @@ from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
 from .recording import Recording
 from .refinement import Refinement, Uncompared
-from .requirement import Requirement, statistics_dtype
+from .requirement import Requirement, groups_of, statistics_dtype
 from .sketch import principal_rows
 
 CONTEXT = 128  # context rows per layer
@@ -107,12 +107,21 @@ class StatisticsCollector:
             yield refinement
 
     @contextmanager
-    def refinement(self, case: int | Sequence[int], updates: Mapping[Site, LowRankUpdate]) -> Iterator[Refinement]:
-        """Like `refining`, for hosts that decide themselves when the hooks go on and off."""
+    def refinement(
+        self,
+        case: int | Sequence[int],
+        updates: Mapping[Site, LowRankUpdate],
+        modules: frozenset[str] | None = None,
+    ) -> Iterator[Refinement]:
+        """Like `refining`, for hosts that decide themselves when the hooks go on and off.
+
+        `modules` that are compared, one of `groups`; None = all. The result of all groups together is the same.
+        """
         speaking, number = self._numbered(case)
         known = {self._renamed(site): site for site in self.subspaces}
         ours = {known.get(site, site): update for site, update in updates.items()}
-        refinement = Refinement(self.subspaces, ours, number, speaking.speakers, [lora.strength for lora in self.loras])
+        strengths = [lora.strength for lora in self.loras]
+        refinement = Refinement(self.subspaces, ours, number, speaking.speakers, strengths, modules=modules)
         try:
             yield refinement
         finally:
@@ -179,9 +188,22 @@ class StatisticsCollector:
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
         return statistics_dtype(sizes, len(self.loras) + self._combinations)
 
-    def requirement(self, context: int = 0, refine: bool = False, itemsize: int = 4, unrefined: int = 0) -> Requirement:
-        """The memory that collecting will take, see Requirement.of."""
-        return Requirement.of(self.subspaces, context, refine, itemsize, self._combinations, unrefined)
+    def requirement(
+        self,
+        context: int = 0,
+        refine: bool = False,
+        dtype: torch.dtype = torch.float32,
+        unrefined: int = 0,
+        groups: int = 1,
+    ) -> Requirement:
+        """The memory that collecting will take, see Requirement.of; known better once something was measured."""
+        seen = self._statistics.items()
+        tokens = {site: -(-sum(one.tokens) // max(1, sum(one.samples))) for site, one in seen if sum(one.tokens)}
+        return Requirement.of(self.subspaces, context, refine, dtype, self._combinations, unrefined, groups, tokens)
+
+    def groups(self, count: int) -> list[frozenset[str]]:
+        """Modules in groups that refinements can be run for one after the other, if memory is short."""
+        return groups_of(self.subspaces, count)
 
     def calibration(self) -> Calibration:
         """Everything collected so far. Sites carry the names of the model's modules."""

@@ -40,10 +40,10 @@ class PlacedUp:
     def of(cls, up: Tensor, where: tuple[torch.device, torch.dtype], strength: float = 1.0) -> PlacedUp:
         device, dtype = where
         if dtype != torch.float16:
-            return cls(up.to(device, dtype), strength)
+            return cls(sent(up.to(dtype), device), strength)
         # the smallest values of many LoRAs are below what float16 has in full: brought near 1, they are not
         power = 2.0 ** math.frexp(float(up.abs().max()))[1]
-        return cls((up.float() / power).to(device, dtype), strength * power)
+        return cls(sent((up.float() / power).to(dtype), device), strength * power)
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,18 @@ class Layer:
         device, dtype = where
         down = down.reshape(-1, *self.weight_shape[1:])
         near = down.to(dtype)
-        if dtype.itemsize >= 4 or torch.equal(near.float(), down.float()):
-            return Placed(near.to(device), len(down))
+        if is_exact(down, dtype):
+            return Placed(sent(near, device), len(down))
         # statistics are to be of `down` itself: what rounding takes from it is a second set of rows
-        return Placed(torch.cat([near, (down.float() - near.float()).to(dtype)]).to(device), len(down))
+        return Placed(sent(torch.cat([near, (down.float() - near.float()).to(dtype)]), device), len(down))
 
-    def project(self, x: Tensor, placed: Placed) -> Tensor:
-        """z = down x for every token: (tokens, R), at least float32. Convolutions have tokens at output positions."""
+    def project(self, x: Tensor, placed: Placed, wide: bool = True) -> Tensor:
+        """z = down x for every token: (tokens, R), at least float32. Convolutions have tokens at output positions.
+
+        `wide` False leaves it in the precision of x where nothing would be lost but a conversion.
+        """
+        if not wide and not self.is_conv and len(placed.down) == placed.rank:
+            return x @ placed.down.mT
         z = self._convolved(x, placed.down) if self.is_conv else _wide_product(x, placed.down.mT)
         return z if len(placed.down) == placed.rank else z[:, : placed.rank] + z[:, placed.rank :]
 
@@ -151,7 +156,7 @@ class Layer:
     def writable(self, x: Tensor, output: Tensor) -> Tensor:
         """`output` itself if nobody else can hold it, else a copy: an update is added to it in place."""
         alone = len(self.module._forward_hooks) == 1  # a hook of somebody else may have kept it
-        fresh = output.is_contiguous() and output.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        fresh = output.is_contiguous() and output.untyped_storage()._cdata != x.untyped_storage()._cdata
         plain = not output.requires_grad and output.is_inference() <= torch.is_inference_mode_enabled()
         return output if alone and fresh and plain else output.clone(memory_format=torch.contiguous_format)
 
@@ -209,6 +214,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.is_floating_point() and x.dtype.itemsize == 2 and x.device.type not in WIDENED:
         return x.dtype
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def is_exact(down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rounding to what layers compute in takes nothing from it. Without values (meta) the type decides."""
+    if dtype.itemsize >= 4 or down.dtype == dtype or down.is_meta:
+        return dtype.itemsize >= 4 or down.dtype == dtype
+    return torch.equal(down.to(dtype).float(), down.float())
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait for it where it need not."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
 
 
 def fits(tokens: int, width: int) -> bool:

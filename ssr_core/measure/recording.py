@@ -195,7 +195,7 @@ class Recording:
             return
         rows = tap.rows(layer, where)
         for piece, written in layer.pieces(x, result, rows.rank, where[1]):
-            z, start = layer.project(piece, rows), 0
+            z, start = layer.project(piece, rows, wide=False), 0
             for (site, *_), up in zip(tap.updates, ups, strict=True):
                 columns = slice(start, start + up.matrix.shape[1])
                 add_product(written[..., site.start : site.stop], z[:, columns], up)

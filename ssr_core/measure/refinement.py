@@ -24,6 +24,7 @@ from .tap import Place, Tap
 Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
 
 FEW = 16  # tokens of a layer that may see the same under any LoRA
+TARGETS = torch.float32  # what targets are kept in
 TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
 
@@ -59,11 +60,14 @@ class Refinement(Recording):
         speakers: Sequence[int],
         strengths: Sequence[float],
         tokens: int = TOKENS,
+        modules: frozenset[str] | None = None,
     ) -> None:
+        """`modules` that are compared, as the LoRAs call them; the others only run in both branches. None = all."""
         super().__init__(subspaces, case, {task: strengths[task] for task in speakers}, tokens=tokens)
         self._updates, self._strengths = updates, tuple(strengths)
         self.uncompared: dict[str, Uncompared] = {}  # by module
         self.outside: set[str] = set()  # modules that ran in neither branch
+        self._compared = modules
         self._branch: bool | None = None  # whether the LoRA is alone; None outside of both branches
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
         self._placed: dict[tuple[str, Place], Merged] = {}
@@ -71,6 +75,7 @@ class Refinement(Recording):
         # Modulation layers see the same vector under any LoRA that leaves the time embedding alone: there is nothing
         # to make up for, and their outputs are a third of all that would be kept.
         self._unmoved: set[Tap] = set()
+        self._moved: set[Tap] = set()  # layers of few tokens that see another one
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -144,7 +149,7 @@ class Refinement(Recording):
         result = layer.writable(x, output)
         for site, placed, up in self._merged(tap, layer, where):
             for piece, written in layer.pieces(x, result, placed.rank, where[1]):
-                add_product(written[..., site.start : site.stop], layer.project(piece, placed), up)
+                add_product(written[..., site.start : site.stop], layer.project(piece, placed, wide=False), up)
         return result
 
     def _look(self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor, alone: Alone | None) -> None:
@@ -153,20 +158,27 @@ class Refinement(Recording):
             self._give_up(tap.module, Uncompared.CALLS)
         elif alone.count != layer.positions(output):
             self._give_up(tap.module, Uncompared.TOKENS)
-        elif alone.x is not None and torch.equal(alone.x, x):
-            self._unmoved.add(tap)
+        elif alone.x is not None and self._is_unmoved(tap, alone.x, x):
+            return
         elif alone.tokens is not None and tap.module not in self.uncompared:
             self._compare(tap, layer, where, x, output, alone.chosen, alone.tokens)
+
+    def _is_unmoved(self, tap: Tap, alone: Tensor, merged: Tensor) -> bool:
+        """Whether a layer sees the same in both branches; looked at once, as it waits for the device."""
+        (self._unmoved if torch.equal(alone, merged) else self._moved).add(tap)
+        return tap in self._unmoved
 
     def _kept(self, tap: Tap, layer: Layer, x: Tensor, result: Tensor) -> Alone:
         """What has to wait for the merge."""
         count = layer.positions(result)
         if not tap.counted or tap in self._unmoved or tap.module in self.uncompared:
             return Alone(count)
-        chosen = self._choice.of(count, x.device, tap.calls + tap.number)
+        chosen = self._choice.of(count, x.device, tap.calls + tap.number)  # in any group, so that all draw the same
+        if self._compared is not None and tap.module not in self._compared:
+            return Alone(count)
         tokens = layer.outputs(result)
         kept = tokens.clone() if chosen is None else tokens.index_select(0, chosen)
-        return Alone(count, chosen, kept, x if count <= FEW else None)
+        return Alone(count, chosen, kept, x if count <= FEW and tap not in self._moved else None)
 
     def _compare(
         self, tap: Tap, layer: Layer, where: Place, x: Tensor, output: Tensor, chosen: Tensor | None, alone: Tensor

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from ..lora.site import Site
 from ..lora.subspace import Subspace
-from .accumulator import SINGLE
-from .refinement import TOKENS
+from .layer import is_exact
+from .refinement import TARGETS, TOKENS
 from .sketch import OVERSAMPLING
 
 LARGE = 4 * 2**30  # bytes of statistics in float64 from which they are kept in float32
+COUNTED = 1024  # tokens of a layer that are looked at in one pass, as hosts have it by default
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,48 @@ class Requirement:
         subspaces: Mapping[Site, Subspace],
         context: int = 0,
         refine: bool = False,
-        itemsize: int = 4,
+        dtype: torch.dtype = torch.float32,
         combinations: int = 0,
         unrefined: int = 0,
+        groups: int = 1,
+        tokens: Mapping[Site, int] | None = None,
     ) -> Requirement:
         """Of collecting in these subspaces.
 
         Args:
             context: context rows that a survey will add; 0 if they are there already or none are wanted.
             refine: whether a first merge is tried beside each LoRA.
-            itemsize: bytes of a number in the precision that layers compute in.
+            dtype: the precision that layers compute in.
             combinations: cases beside those of one LoRA each.
             unrefined: how many of these no merge is tried beside.
+            groups: of layers, refined one after the other.
+            tokens: how many a layer sees of an image, where that is known.
         """
-        sizes = [_Size.of(site, space, context, combinations) for site, space in subspaces.items() if space.is_routed]
+        routed = {site: space for site, space in subspaces.items() if space.is_routed}
+        seen = tokens or {}
+        sizes = {
+            site: _Size.of(site, space, context, combinations, dtype, min(TOKENS, seen.get(site, TOKENS)))
+            for site, space in routed.items()
+        }
         if not sizes:
             return cls(0, 0)
-        surveying = sum(size.surveyed(context, itemsize) for size in sizes) if context else 0
-        measuring = sum(size.measured(itemsize) for size in sizes)
-        refining = sum(size.refined(itemsize) for size in sizes) if refine else 0
-        rows, cases = [size.rows for size in sizes], sizes[0].cases
+        surveying = _most((size.surveyed(context), size.survey_work) for size in sizes.values()) if context else 0
+        measuring = _most((size.measured, size.measuring_work) for size in sizes.values())
+        refining = _refining(sizes, groups) if refine else 0
+        rows, cases = [size.rows for size in sizes.values()], len(next(iter(routed.values())).ranks) + combinations
         compared = cases - unrefined if refine else 0
         host = statistics_bytes(rows, cases) + statistics_bytes(rows, compared)
-        targets = sum(compared * 4 * size.out * size.rows for size in sizes)
+        targets = sum(compared * TARGETS.itemsize * size.out * size.rows for size in sizes.values())
         return cls(max(surveying, measuring, refining), host + targets)
+
+
+def groups_of(subspaces: Mapping[Site, Subspace], groups: int) -> list[frozenset[str]]:
+    """Modules in so many groups, in their order, that take about the same memory while they are refined."""
+    costs: dict[str, int] = {}
+    for site, space in subspaces.items():
+        if space.is_routed:
+            costs[site.module] = costs.get(site.module, 0) + (site.stop - site.start) * len(space.down)
+    return [frozenset(group) for group in _groups(costs, groups)]
 
 
 def statistics_bytes(rows: Sequence[int], cases: int) -> int:
@@ -67,36 +89,94 @@ def statistics_dtype(rows: Sequence[int], cases: int) -> torch.dtype:
     return torch.float64 if exact < LARGE else torch.float32
 
 
+def _most(sizes: Iterable[tuple[int, int]]) -> int:
+    """Of what all layers keep, and what each takes while it works: no two work at one time."""
+    kept, work = zip(*sizes, strict=True)
+    return int(sum(kept) + max(work))
+
+
+def _refining(sizes: Mapping[Site, _Size], groups: int) -> int:
+    """In the most demanding of the groups."""
+    everywhere = sum(size.active for size in sizes.values())
+    work = max(size.refining_work for size in sizes.values())
+    costs: dict[str, int] = {}
+    compared: dict[str, int] = {}
+    for site, size in sizes.items():
+        costs[site.module] = costs.get(site.module, 0) + size.out * size.rows
+        compared[site.module] = compared.get(site.module, 0) + size.compared
+    return everywhere + work + max(sum(map(compared.__getitem__, group)) for group in _groups(costs, groups))
+
+
+def _groups(costs: Mapping[Key, int], groups: int) -> list[list[Key]]:
+    """In their order, and of about the same cost; fewer where there are not so many."""
+    found: list[list[Key]] = [[] for _ in range(groups)]
+    total, before = sum(costs.values()), 0
+    for key, cost in costs.items():
+        found[min(groups - 1, (2 * before + cost) * groups // (2 * total))].append(key)
+        before += cost
+    return [group for group in found if group]
+
+
 @dataclass(frozen=True)
 class _Size:
-    """Of one site."""
+    """Of one site. Numbers of bytes are those on the device."""
 
     rows: int  # R
     rank: int  # joint, without context rows
     own: int  # of the LoRAs that speak at one time, at most
     inputs: int
     out: int
-    cases: int
+    itemsize: int  # of what layers compute in
+    sets: int  # of rows of `down`: two where rounding would take something from one
+    merged_sets: int  # the same of a merge, which is in float32
+    waiting: int  # tokens
 
     @classmethod
-    def of(cls, site: Site, space: Subspace, context: int, combinations: int) -> _Size:
+    def of(
+        cls, site: Site, space: Subspace, context: int, combinations: int, dtype: torch.dtype, waiting: int
+    ) -> _Size:
         inputs = space.down[0].numel()
         rows = len(space.down) + (0 if space.context else min(context, space.down.shape[1]))
-        cases = len(space.ranks) + combinations
         own = space.rank if combinations else max(space.ranks)
-        return cls(rows, space.rank, own, inputs, site.stop - site.start, cases)
-
-    def surveyed(self, context: int, itemsize: int) -> int:
-        return self.inputs * (4 * (context + OVERSAMPLING) + itemsize * self.own) + itemsize * self.out * self.own
-
-    def measured(self, itemsize: int) -> int:
-        return itemsize * (self.rows * self.inputs + self.own * self.out) + self._gram
-
-    def refined(self, itemsize: int) -> int:
-        merged = itemsize * self.rank * (self.inputs + self.out)
-        waiting = itemsize * TOKENS * self.out
-        return self.measured(itemsize) + itemsize * self.own * self.inputs + merged + waiting + 4 * self.out * self.rows
+        sets = 1 if is_exact(space.down, dtype) else 2
+        merged_sets = 1 if dtype.itemsize >= 4 else 2
+        return cls(rows, space.rank, own, inputs, site.stop - site.start, dtype.itemsize, sets, merged_sets, waiting)
 
     @property
-    def _gram(self) -> int:
-        return (8 if self.rows <= SINGLE else 4) * self.rows**2
+    def _speaking(self) -> int:
+        """The factors of the LoRAs that are active."""
+        return self.itemsize * self.own * (self.sets * self.inputs + self.out)
+
+    def surveyed(self, context: int) -> int:
+        return self._speaking + 4 * self.inputs * (context + OVERSAMPLING)
+
+    @property
+    def survey_work(self) -> int:
+        """Tokens in float32, and the test matrix."""
+        return 4 * self.inputs * COUNTED + self.itemsize * self.inputs * COUNTED
+
+    @property
+    def measured(self) -> int:
+        return self._speaking + self._counting
+
+    @property
+    def measuring_work(self) -> int:
+        return COUNTED * (self.itemsize * self.inputs + 4 * (1 + self.sets) * self.rows)
+
+    @property
+    def active(self) -> int:
+        """While refining, of a layer whether or not it is compared: the LoRAs that speak, and the merge."""
+        return self._speaking + self.itemsize * self.rank * (self.merged_sets * self.inputs + self.out)
+
+    @property
+    def compared(self) -> int:
+        """Further, of a layer that is: outputs that wait, and sums."""
+        return self._counting + self.itemsize * self.waiting * self.out + 4 * self.out * self.rows
+
+    @property
+    def refining_work(self) -> int:
+        return 3 * 4 * TOKENS * self.out + TOKENS * (self.itemsize * self.inputs + 8 * self.rows)
+
+    @property
+    def _counting(self) -> int:
+        return self.sets * self.itemsize * self.rows * self.inputs + 4 * self.rows**2

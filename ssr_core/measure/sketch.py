@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .accumulator import zeros
+from .layer import sent
 
 OVERSAMPLING = 16
 
@@ -33,7 +34,7 @@ class Sketch:
         columns = self.rank + OVERSAMPLING
         key = (x.shape[1], columns, x.device, x.dtype)
         if key not in self._tests:
-            self._tests[key] = test_matrix(x.shape[1], columns).to(x.device, x.dtype)
+            self._tests[key] = sent(test_matrix(x.shape[1], columns).to(x.dtype), x.device)
         test = self._tests[key]
         if self._range is None:
             self._range = zeros(*test.shape, device=x.device, dtype=x.dtype)

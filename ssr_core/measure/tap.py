@@ -13,7 +13,7 @@ from ..errors import ModelMismatchError
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from .accumulator import Accumulator
-from .layer import Layer, Placed, PlacedUp
+from .layer import Layer, Placed, PlacedUp, sent
 from .sketch import Sketch
 
 Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
@@ -73,7 +73,7 @@ class Joint:
             down = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
             self._placed[where] = layer.place(down, where)
             if len(self.signals) > 1:
-                self._columns = {signal: rows.to(where[0]) for signal, rows in self._columns.items()}
+                self._columns = {signal: sent(rows, where[0]) for signal, rows in self._columns.items()}
         return self._placed[where]
 
     def part(self, signal: Signal, z: Tensor) -> Tensor:

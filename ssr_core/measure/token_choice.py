@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layer import sent
+
 SETS = 16  # that a layer takes in turn: as good as a new one each time, and drawing one would wait for the device
 
 
@@ -25,5 +27,6 @@ class Choice:
         if known is None:
             drawn = (torch.randperm(tokens, generator=self._generator)[: self.limit] for _ in range(SETS))
             # in order: reading scattered rows is slower
-            known = self._sets[tokens, device] = [indices.sort().values.to(device) for indices in drawn]
+            ordered = torch.stack([indices.sort().values for indices in drawn])
+            known = self._sets[tokens, device] = list(sent(ordered, device))
         return known[turn % SETS]

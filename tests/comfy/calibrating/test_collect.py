@@ -371,3 +371,32 @@ def test_epochs_of_one_training_are_told_to_be_the_same_subject(tiny_flux, caplo
     caplog.clear()
     collect(tiny_flux(), epochs[0], task(flux_lora(rank=3, seed=5), "bert"), steps=1)
     assert "keep one" not in caplog.text
+
+
+def test_on_a_small_card_layers_are_refined_in_groups_and_come_to_the_same(tiny_flux, monkeypatch):
+    module = importlib.import_module("ssr_pack.nodes.calibrating.diffusion_model")
+    asked = {"steps": 3, "context": 8, "refine": 1}
+    whole = collect(tiny_flux(), *two(), **asked)
+    told = []
+    monkeypatch.setattr(module, "groups_that_fit", lambda patcher, latent, need: told.extend((need(1), need(3))) or 3)
+    parted = collect(tiny_flux(), *two(), **asked)
+    assert 0 < told[1] < told[0]
+    assert parted.calibration.corrections.keys() == whole.calibration.corrections.keys()
+    for site, correction in whole.calibration.corrections.items():
+        found = parted.calibration.corrections[site]
+        torch.testing.assert_close(found.gram, correction.gram)
+        torch.testing.assert_close(found.target, correction.target)
+
+
+def test_there_are_as_few_groups_as_fit_beside_the_model(tiny_flux, monkeypatch):
+    memory = importlib.import_module("ssr_pack.nodes.calibrating.memory")
+    patcher, latent = tiny_flux(), empty_latent()["samples"]
+    assert memory.groups_that_fit(patcher, latent, lambda groups: 2**60) == 1  # on the processor
+
+    def groups(room: int) -> int:
+        used = patcher.model_size() + memory.management.minimum_inference_memory()
+        monkeypatch.setattr(memory.management, "get_total_memory", lambda device: used + room)
+        return memory.groups_that_fit(patcher, latent, lambda groups: 100 + 1200 // groups)
+
+    monkeypatch.setattr(patcher, "load_device", torch.device("cuda"))
+    assert [groups(room) for room in (1300, 1299, 500, 0)] == [1, 2, 3, memory.GROUPS]

@@ -291,3 +291,29 @@ def test_a_layer_whose_inputs_the_merge_does_not_change_is_not_corrected():
                 model(few)
     _, second = sorted(collector.subspaces)
     assert set(collector.calibration().corrections) == {second}
+
+
+def test_groups_of_layers_one_after_the_other_give_the_same_as_all_at_once():
+    model, _, whole = refined()
+    parted = watched(model, loras_for(model))
+    updates, groups = merge(parted.calibration()).updates, parted.groups(2)
+    assert [sorted(group) for group in groups] == [["0"], ["2"]] and parted.groups(1) == [{"0", "2"}]
+    for modules in groups:
+        for task, batch in enumerate(batches()):
+            with torch.no_grad(), parted.refinement(task, updates, modules) as run:
+                run.attach(model)
+                with run.alone():
+                    model(batch)
+                with run.merged():
+                    model(batch)
+                run.detach()
+    found = parted.calibration().corrections
+    for site, correction in whole.corrections.items():
+        torch.testing.assert_close(found[site].gram, correction.gram)
+        torch.testing.assert_close(found[site].target, correction.target)
+
+
+def test_there_are_never_more_groups_than_layers_and_each_layer_is_in_one():
+    collector = StatisticsCollector(loras_for(mlp()))
+    groups = collector.groups(5)
+    assert len(groups) == 2 and groups[0] | groups[1] == {"0", "2"}

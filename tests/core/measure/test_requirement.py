@@ -38,13 +38,13 @@ def test_the_memory_of_statistics_is_told_to_the_byte(context, refine, cases, un
 
 
 def test_eight_loras_of_rank_128_fit_beside_an_fp8_flux_on_a_card_of_24_gb():
-    need = Requirement.of(flux(8, 128), context=128, itemsize=2)
+    need = Requirement.of(flux(8, 128), context=128, dtype=torch.bfloat16)
     assert need.device < 7 * 2**30 < (24 - 12 - 3) * 2**30
     assert need.host < 7 * 2**30
 
 
 def test_large_statistics_are_kept_in_float32():
-    few, many = (Requirement.of(flux(8, rank), itemsize=2).host for rank in (16, 128))
+    few, many = (Requirement.of(flux(8, rank), dtype=torch.bfloat16).host for rank in (16, 128))
     assert many < 32 * few  # of 64 times as many numbers
 
 
