@@ -184,7 +184,7 @@ def _correction(
 ) -> Correction:
     ran = [f"correction.target/{index}/{case}" in tensors for case in range(len(entry.tokens))]
     targets = tuple(
-        _expected(tensors[f"correction.target/{index}/{case}"], (len(space.up), len(space.down)), entry.site).float()
+        _kept(_expected(tensors[f"correction.target/{index}/{case}"], (len(space.up), len(space.down)), entry.site))
         if there
         else NOT_RUN
         for case, there in enumerate(ran)
@@ -207,3 +207,7 @@ def _expected(tensor: Tensor, shape: tuple[int, ...], site: Site) -> Tensor:
     if tuple(tensor.shape) != shape or not tensor.is_floating_point():
         raise ValueError(f"{site} has sums of {tuple(tensor.shape)} {tensor.dtype}, not {shape}")
     return tensor
+
+
+def _kept(target: Tensor) -> Tensor:
+    return target if target.dtype == torch.bfloat16 else target.float()

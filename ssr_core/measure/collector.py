@@ -21,7 +21,7 @@ from ..statistics.correction import Correction
 from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
 from .recording import Recording
 from .refinement import Refinement, Uncompared
-from .requirement import Requirement, groups_of, statistics_dtype
+from .requirement import Requirement, groups_of, statistics_dtype, targets_dtype
 from .sketch import principal_rows
 
 CONTEXT = 128  # context rows per layer
@@ -121,7 +121,11 @@ class StatisticsCollector:
         known = {self._renamed(site): site for site in self.subspaces}
         ours = {known.get(site, site): update for site, update in updates.items()}
         strengths = [lora.strength for lora in self.loras]
-        refinement = Refinement(self.subspaces, ours, number, speaking.speakers, strengths, modules=modules)
+        refinement = Refinement(
+            *(self.subspaces, ours, number, speaking.speakers, strengths),
+            modules=modules,
+            dtype=self._targets_dtype,
+        )
         try:
             yield refinement
         finally:
@@ -187,6 +191,13 @@ class StatisticsCollector:
         """What statistics are kept in."""
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
         return statistics_dtype(sizes, len(self.loras) + self._combinations)
+
+    @property
+    def _targets_dtype(self) -> torch.dtype:
+        """What targets of corrections are kept in."""
+        routed = [(site, space) for site, space in self.subspaces.items() if space.is_routed]
+        cases = max(len(self._cases), len(self.loras) + self._combinations)
+        return targets_dtype(cases * sum((site.stop - site.start) * len(space.down) for site, space in routed))
 
     def requirement(
         self,

@@ -24,8 +24,7 @@ from .tap import Place, Tap
 Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
 
 FEW = 16  # tokens of a layer that may see the same under any LoRA
-TARGETS = torch.float32  # what targets are kept in
-TOKENS = 256  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
+TOKENS = 128  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +60,17 @@ class Refinement(Recording):
         strengths: Sequence[float],
         tokens: int = TOKENS,
         modules: frozenset[str] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`modules` that are compared, as the LoRAs call them; the others only run in both branches. None = all."""
+        """`modules` that are compared, as the LoRAs call them; the others only run in both branches. None = all.
+
+        `dtype`: what targets are kept in.
+        """
         super().__init__(subspaces, case, {task: strengths[task] for task in speakers}, tokens=tokens)
         self._updates, self._strengths = updates, tuple(strengths)
         self.uncompared: dict[str, Uncompared] = {}  # by module
         self.outside: set[str] = set()  # modules that ran in neither branch
-        self._compared = modules
+        self._compared, self._kept_in = modules, dtype
         self._branch: bool | None = None  # whether the LoRA is alone; None outside of both branches
         self._targets: dict[Site, Tensor] = {}  # t^T z', (out, R), on the model's device
         self._placed: dict[tuple[str, Place], Merged] = {}
@@ -129,7 +132,7 @@ class Refinement(Recording):
             if site not in self._targets or site.module in self.uncompared:
                 continue  # its layer never ran, or not in the same way
             space = self._subspaces[site]
-            found = self._targets[site].to("cpu", torch.float32)
+            found = self._targets[site].to(self._kept_in).cpu()
             targets = tuple(found if case == self.case else NOT_RUN for case in range(len(seen.tokens)))
             correction = Correction(seen.grams, targets, seen.fingerprint, self._strengths)
             correction.check(space, site)

@@ -11,10 +11,11 @@ import torch
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from .layer import is_exact
-from .refinement import TARGETS, TOKENS
+from .refinement import TOKENS
 from .sketch import OVERSAMPLING
 
 LARGE = 4 * 2**30  # bytes of statistics in float64 from which they are kept in float32
+MANY = 2**30  # bytes of targets in float32 from which they are kept in bfloat16
 COUNTED = 1024  # tokens of a layer that are looked at in one pass, as hosts have it by default
 
 Key = TypeVar("Key")
@@ -64,8 +65,9 @@ class Requirement:
         rows, cases = [size.rows for size in sizes.values()], len(next(iter(routed.values())).ranks) + combinations
         compared = cases - unrefined if refine else 0
         host = statistics_bytes(rows, cases) + statistics_bytes(rows, compared)
-        targets = sum(compared * TARGETS.itemsize * size.out * size.rows for size in sizes.values())
-        return cls(max(surveying, measuring, refining), host + targets)
+        targets = sum(size.out * size.rows for size in sizes.values())
+        host += targets_dtype(cases * targets).itemsize * compared * targets
+        return cls(max(surveying, measuring, refining), host)
 
 
 def groups_of(subspaces: Mapping[Site, Subspace], groups: int) -> list[frozenset[str]]:
@@ -87,6 +89,11 @@ def statistics_dtype(rows: Sequence[int], cases: int) -> torch.dtype:
     """What these are kept in: where they grow large, rounding to float32 is the smaller evil."""
     exact = sum(8 * cases * size * (size + 1) // 2 for size in rows)
     return torch.float64 if exact < LARGE else torch.float32
+
+
+def targets_dtype(numbers: int) -> torch.dtype:
+    """What targets are kept in, so many numbers of them: rounded to 16 bits they give the same merge to four digits."""
+    return torch.float32 if 4 * numbers < MANY else torch.bfloat16
 
 
 def _most(sizes: Iterable[tuple[int, int]]) -> int:

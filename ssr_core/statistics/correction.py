@@ -31,7 +31,7 @@ class Correction:
     """
 
     grams: Grams  # (C, R, R), sum of z' z'^T
-    targets: tuple[Tensor, ...]  # (C,) each (out, R) float32, sum of t z'^T; (0, 0) for a case that was not run
+    targets: tuple[Tensor, ...]  # (C,) each (out, R), sum of t z'^T, in bfloat16 where they are large; (0, 0): not run
     fingerprint: str  # of the subspace they were measured in
     strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
 
@@ -44,7 +44,7 @@ class Correction:
     def target(self) -> Tensor:
         """(C, out, R) float32, with zeros where a case was not run."""
         shape = max((found.shape for found in self.targets), key=torch.Size.numel)
-        return torch.stack([found if found.numel() else torch.zeros(shape) for found in self.targets])
+        return torch.stack([found.float() if found.numel() else torch.zeros(shape) for found in self.targets])
 
     def __add__(self, other: Correction) -> Correction:
         """The pairs of both runs together."""

@@ -317,3 +317,20 @@ def test_there_are_never_more_groups_than_layers_and_each_layer_is_in_one():
     collector = StatisticsCollector(loras_for(mlp()))
     groups = collector.groups(5)
     assert len(groups) == 2 and groups[0] | groups[1] == {"0", "2"}
+
+
+def test_large_targets_are_kept_in_16_bits_in_memory_and_files_and_merge_to_the_same(tmp_path, monkeypatch):
+    _, _, exact = refined()
+    monkeypatch.setattr("ssr_core.measure.requirement.MANY", 0)
+    model, collector, rounded = refined()
+    target = rounded.corrections[Site.whole("2", 8)].targets[0]
+    assert target.dtype == torch.bfloat16
+    need, kept = collector.requirement(refine=True).host, sum(s.grams.nbytes for s in rounded.statistics.values())
+    for correction in rounded.corrections.values():
+        kept += correction.grams.nbytes + sum(found.nbytes for found in correction.targets)
+    assert need == kept
+    save_statistics(rounded, tmp_path / "stats.safetensors")
+    again = load_statistics(tmp_path / "stats.safetensors", loras_for(model))
+    assert torch.equal(again.corrections[Site.whole("2", 8)].targets[0], target)
+    errors = [error(model, loras_for(model), merge(one).updates) for one in (exact, rounded, again)]
+    assert errors[1] == errors[2] == pytest.approx(errors[0], rel=0.01)
