@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as management
 import torch
 
-from ...ssr_core import Requirement, SSRError
+from ...ssr_core import Calibration, Requirement, SSRError
 from ...ssr_core.measure.layer import WIDENED
 
 GROUPS = 8  # of layers that are refined one after the other, at most
@@ -49,6 +50,31 @@ def check_host(need: Requirement) -> None:
         raise SSRError(
             f"The statistics of these LoRAs need {size(need.host)} of memory, and {size(free)} are "
             "free. Set refine to 0 (it needs most of it), lower context, or merge fewer LoRAs at a time."
+        )
+
+
+def result_bytes(calibration: Calibration, rank: float) -> int:
+    """Of merged factors in float32, at most; `rank` as MergeSettings has it.
+
+    In files, `up` of a slice has the rows of its whole layer.
+    """
+    return sum(
+        4 * (min(space.rank, int(rank)) if rank >= 1 else space.rank) * (site.out_features + space.down[0].numel())
+        for site, space in calibration.subspaces.items()
+    )
+
+
+def check_result(count: int) -> None:
+    """Tell what SSR Solve will take for a result of so many bytes, and raise SSRError if there is less.
+
+    The result is there twice for a moment: as it is solved, and as it is given away.
+    """
+    need, free = 2 * count, management.get_free_memory(torch.device("cpu"))
+    logging.info("SSR Solve: the merged LoRA has up to %s, and making it takes %s of memory.", size(count), size(need))
+    if need > free:
+        raise SSRError(
+            f"SSR Solve: making a merged LoRA of {size(count)} needs {size(need)} of memory, and {size(free)} are "
+            "free. Set rank, drop layers, or free some memory; the statistics are kept."
         )
 
 

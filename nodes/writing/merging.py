@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ssr_core import Case, Merge, MergeSettings, Report, Rule, SSRError, check_rules, merge, treatment_of
 from ...ssr_core import split as core_split
 from ..calibrating.circumstances import listed_pairs
+from ..calibrating.memory import check_result, result_bytes
 from ..calibrating.metadata import of_part, with_settings
 from ..calibrating.stats import Stats
 from ..calibrating.text_encoder import merge_text, summed, text_settings, with_common_names
@@ -34,6 +35,7 @@ def solve(stats: Stats, settings: MergeSettings) -> tuple[LoraModel, str]:
     given = settings.strengths or tuple(lora.strength for lora in stats.calibration.loras)
     on, left, off = _without_off(stats, given)
     chosen = replace(settings, strengths=_chosen(settings.strengths, left), weights=_chosen(settings.weights, left))
+    check_result(result_bytes(on.calibration, settings.rank))
     merged = merge(on.calibration, chosen, _progress(on))
     scaled = _text_strengths(on, merged.report.strengths)
     text = None if on.text is None else merge_text(on.text, replace(chosen, strengths=scaled))
@@ -74,6 +76,7 @@ def split(stats: Stats, settings: MergeSettings) -> tuple[list[LoraModel], str]:
         SSRError: as solve() does, or there is one LoRA only.
     """
     check_rules(settings.rules, _modules(stats))
+    check_result(result_bytes(stats.calibration, settings.rank))
     found = core_split(stats.calibration, settings, _progress(stats))
     reports = [part.report for part in found.parts]
     scaled = _text_strengths(stats, reports[0].strengths)

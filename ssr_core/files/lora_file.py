@@ -110,12 +110,18 @@ def to_state_dict(
         LoraError: `dtype` cannot hold the values.
     """
     state: dict[str, Tensor] = {}
-    for module, update in join_rows(updates).items():
+    of_module: dict[str, dict[Site, LowRankUpdate]] = {}
+    for site, update in updates.items():
+        of_module.setdefault(site.module, {})[site] = update
+    for module, pieces in of_module.items():  # one at a time: together they are as large as the result
+        update = join_rows(pieces)[module]
         if dtype == torch.float16:  # the smallest values of some LoRAs are below what it holds in full
             update = LowRankUpdate(update.down.float(), update.up.float()).balanced()
         up = update.up.reshape(*update.up.shape, *(1,) * (update.down.ndim - 2))
         for end, value in (("lora_A", update.down), ("lora_B", up)):
-            stored = value.to(dtype).contiguous().clone()
+            stored = value.to(dtype).contiguous()
+            if stored.untyped_storage()._cdata == value.untyped_storage()._cdata:
+                stored = stored.clone()
             if not torch.isfinite(stored).all():
                 raise LoraError(f"{prefix}{module}: values do not fit into {dtype}; save as bfloat16 or float32.")
             state[f"{prefix}{module}.{end}.weight"] = stored

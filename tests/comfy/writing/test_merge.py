@@ -206,3 +206,17 @@ def test_text_encoder_parts_reach_a_connected_clip(model, loras):
     _, patched = execute(node("apply.SSRApply"), **inputs)
     before, after = (c.encode_from_tokens(c.tokenize("a cat")) for c in (clip, patched))
     assert relative(after, before) > 1e-3
+
+
+def test_too_little_memory_for_the_result_is_an_error_before_anything_is_solved(model, loras, stats, monkeypatch):
+    module = importlib.import_module("ssr_pack.nodes.writing.merging")
+    size = module.result_bytes(stats.calibration, 0)
+    made = sum(tensor.nbytes for tensor in solve(stats)[0].values() if tensor.ndim > 1)
+    assert made <= size
+    management = importlib.import_module("comfy.model_management")
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: 2 * size)
+    solve(stats)
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: 2 * size - 1)
+    with pytest.raises(ValueError, match=r"SSR Solve: making a merged LoRA of .* needs .* and .* are free"):
+        solve(stats)
+    solve(stats, rank=2)

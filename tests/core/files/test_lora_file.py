@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from allocations import allocations
 from ssr_core import (
     Lora,
     LoraError,
+    LowRankUpdate,
     Site,
     StatisticsCollector,
     StatisticsError,
@@ -477,3 +479,11 @@ def test_statistics_with_values_that_are_not_finite_are_refused_by_file_and_site
     save_statistics(calibration, path)
     with pytest.raises(StatisticsError, match=r"stats\.safetensors: 0: .*NaN"):
         load_statistics(path, calibration.loras)
+
+
+def test_a_state_dict_takes_its_own_size_and_little_more_while_it_is_made():
+    pieces = [LowRankUpdate(torch.randn(8, 256), torch.randn(64, 8)) for _ in range(64)]
+    updates = {Site(f"m{n // 4}", 64 * (n % 4), 64 * (n % 4) + 64, 256): piece for n, piece in enumerate(pieces)}
+    made = []
+    seen = allocations(lambda: made.append(to_state_dict(updates)))
+    assert seen.peak < 1.3 * sum(tensor.nbytes for tensor in made[0].values())
