@@ -15,6 +15,7 @@ from torch import Tensor
 from ...ssr_core import (
     Calibration,
     LowRankUpdate,
+    MergeSettings,
     Recording,
     Refinement,
     Requirement,
@@ -24,6 +25,7 @@ from ...ssr_core import (
     merge,
 )
 from ...ssr_core.measure.refinement import Uncompared
+from ...ssr_core.solve.weights import task_weights
 from ..reading.loaded_lora import LoadedLora
 from .memory import check_host, groups_that_fit, precision
 from .runs import Kind, Run
@@ -67,7 +69,7 @@ def calibrate(
     refined = {run.index for run in runs if run.kind is Kind.REFINE}
     unrefined = len({run.index for run in runs} - refined)
     dtype = precision(patcher)
-    host = collector.requirement(context, bool(refined), unrefined=unrefined).host
+    host = collector.requirement(context, bool(refined), unrefined=unrefined, folded=True).host
     need = replace(collector.requirement(context, dtype=dtype), host=host)
     on_need(need, 1)
     check_host(need)
@@ -84,14 +86,16 @@ def calibrate(
     groups = _groups(session, dtype, on_need) if refined else []
     try:
         updates: Mapping[Site, LowRankUpdate] = {}
+        weights: Mapping[Site, Sequence[float]] = {}
         for number, run in enumerate(runs[len(measuring) :], len(measuring)):
             on_run(number)
             if run.index == 0:  # a round begins: whatever happens in it, the one before stands
                 found = collector.calibration()
+                weights = task_weights(found, MergeSettings())
                 updates = merge(found if earlier is None else earlier + found, on_site=_interruptible).updates
             for part, modules in enumerate(groups):
                 session.on_step = on_step if not part else _unseen  # the bar counts each point once
-                session.carry_out(run, collector.refinement(run.case.case.speakers, updates, modules))
+                session.carry_out(run, collector.refinement(run.case.case.speakers, updates, modules, weights))
         found = collector.calibration()
     except comfy.model_management.InterruptProcessingException:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +113,12 @@ class StatisticsCollector:
         case: int | Sequence[int],
         updates: Mapping[Site, LowRankUpdate],
         modules: frozenset[str] | None = None,
+        weights: Mapping[Site, Sequence[float]] | None = None,
     ) -> Iterator[Refinement]:
         """Like `refining`, for hosts that decide themselves when the hooks go on and off.
 
-        `modules` that are compared, one of `groups`; None = all. The result of all groups together is the same.
+        `modules` that are compared, one of `groups`; None = all. All groups together give the same.
+        `weights` (C,) by site, of the merge to come: all cases are summed with them and take the memory of one.
         """
         speaking, number = self._numbered(case)
         known = {self._renamed(site): site for site in self.subspaces}
@@ -124,7 +127,7 @@ class StatisticsCollector:
         refinement = Refinement(
             *(self.subspaces, ours, number, speaking.speakers, strengths),
             modules=modules,
-            dtype=self._targets_dtype,
+            dtype=targets_dtype(self.subspaces, len(self._cases)) if weights is None else torch.float32,
         )
         try:
             yield refinement
@@ -135,6 +138,9 @@ class StatisticsCollector:
         self._know(speaking, number)
         self.uncompared.update(refinement.uncompared)
         for site, seen in found.items():
+            if weights is not None:
+                of_site = weights[self._renamed(site)]
+                seen = seen.folded([weight / of_site[0] for weight in of_site[: len(seen.targets)]])
             self._corrections[site] = self._corrections[site] + seen if site in self._corrections else seen
         for site in [site for site in self._corrections if site.module in self.uncompared]:
             del self._corrections[site]
@@ -192,25 +198,17 @@ class StatisticsCollector:
         sizes = [len(space.down) for space in self.subspaces.values() if space.is_routed]
         return statistics_dtype(sizes, len(self.loras) + self._combinations)
 
-    @property
-    def _targets_dtype(self) -> torch.dtype:
-        """What targets of corrections are kept in."""
-        routed = [(site, space) for site, space in self.subspaces.items() if space.is_routed]
-        cases = max(len(self._cases), len(self.loras) + self._combinations)
-        return targets_dtype(cases * sum((site.stop - site.start) * len(space.down) for site, space in routed))
-
     def requirement(
         self,
         context: int = 0,
         refine: bool = False,
         dtype: torch.dtype = torch.float32,
-        unrefined: int = 0,
-        groups: int = 1,
+        **how: Any,
     ) -> Requirement:
         """The memory that collecting will take, see Requirement.of; known better once something was measured."""
         seen = self._statistics.items()
         tokens = {site: -(-sum(one.tokens) // max(1, sum(one.samples))) for site, one in seen if sum(one.tokens)}
-        return Requirement.of(self.subspaces, context, refine, dtype, self._combinations, unrefined, groups, tokens)
+        return Requirement.of(self.subspaces, context, refine, dtype, self._combinations, tokens=tokens, **how)
 
     def groups(self, count: int) -> list[frozenset[str]]:
         """Modules in groups that refinements can be run for one after the other, if memory is short."""

@@ -39,6 +39,7 @@ class Requirement:
         unrefined: int = 0,
         groups: int = 1,
         tokens: Mapping[Site, int] | None = None,
+        folded: bool = False,
     ) -> Requirement:
         """Of collecting in these subspaces.
 
@@ -49,6 +50,7 @@ class Requirement:
             combinations: cases beside those of one LoRA each.
             unrefined: how many of these no merge is tried beside.
             groups: of layers, refined one after the other.
+            folded: whether the cases are summed while refining, with the weights of the merge.
             tokens: how many a layer sees of an image, where that is known.
         """
         routed = {site: space for site, space in subspaces.items() if space.is_routed}
@@ -63,10 +65,11 @@ class Requirement:
         measuring = _most((size.measured, size.measuring_work) for size in sizes.values())
         refining = _refining(sizes, groups) if refine else 0
         rows, cases = [size.rows for size in sizes.values()], len(next(iter(routed.values())).ranks) + combinations
-        compared = cases - unrefined if refine else 0
+        compared = (1 if folded else cases - unrefined) if refine else 0
         host = statistics_bytes(rows, cases) + statistics_bytes(rows, compared)
         targets = sum(size.out * size.rows for size in sizes.values())
-        host += targets_dtype(cases * targets).itemsize * compared * targets
+        wide = folded or 4 * cases * targets < MANY
+        host += (4 if wide else 2) * compared * targets
         return cls(max(surveying, measuring, refining), host)
 
 
@@ -91,8 +94,10 @@ def statistics_dtype(rows: Sequence[int], cases: int) -> torch.dtype:
     return torch.float64 if exact < LARGE else torch.float32
 
 
-def targets_dtype(numbers: int) -> torch.dtype:
-    """What targets are kept in, so many numbers of them: rounded to 16 bits they give the same merge to four digits."""
+def targets_dtype(subspaces: Mapping[Site, Subspace], cases: int) -> torch.dtype:
+    """What targets of so many cases are kept in: rounded to 16 bits they give the same merge to four digits."""
+    routed = [(site, space) for site, space in subspaces.items() if space.is_routed]
+    numbers = cases * sum((site.stop - site.start) * len(space.down) for site, space in routed)
     return torch.float32 if 4 * numbers < MANY else torch.bfloat16
 
 

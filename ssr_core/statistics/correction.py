@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import StatisticsError
 from ..lora.subspace import Subspace
 from .case import Case
-from .grams import Grams, sum_of_present
+from .grams import NOTHING, Grams, sum_of_present
 
 NOT_RUN = torch.zeros(0, 0)  # the target of a case that was not run
 
@@ -60,6 +60,20 @@ class Correction:
         """With so many cases; those that are new were not run."""
         targets = self.targets + (NOT_RUN,) * (cases - len(self.targets))
         return Correction(self.grams.padded(cases), targets, self.fingerprint, self.strengths)
+
+    def folded(self, factors: Sequence[float]) -> Correction:
+        """All cases summed into the first, each times its factor: w_c / w_0 of the weights that a merge will give them.
+
+        One matrix instead of C, and the same solution at these weights.
+        """
+        pairs = list(zip(self.targets, self.grams.packed, factors, strict=True))
+        target, gram = NOT_RUN, NOTHING
+        for one, packed, factor in pairs:
+            target = sum_of_present(target, one if factor == 1 else one * factor)
+            gram = sum_of_present(gram, packed if factor == 1 else packed * factor)
+        absent = len(pairs) - 1
+        grams = Grams(self.grams.size, (gram, *(NOTHING,) * absent))
+        return Correction(grams, (target, *(NOT_RUN,) * absent), self.fingerprint, self.strengths)
 
     def chosen(
         self, cases: Sequence[int | None], rows: Tensor, fingerprint: str, strengths: tuple[float, ...]

@@ -147,10 +147,19 @@ def test_the_report_has_a_row_for_the_combination_and_warns_of_pairs_that_were_n
     assert "Never heard together: cat and dog, dog and sepia." in report
 
 
-def test_combinations_are_refined_and_their_runs_are_as_many(model):
+def test_combinations_are_refined_and_their_runs_are_as_many(model, monkeypatch):
+    collector, refined = importlib.import_module("ssr_pack.ssr_core").StatisticsCollector, []
+    refinement = collector.refinement
+
+    def counted(self, case, *given):
+        refined.append(case)
+        return refinement(self, case, *given)
+
+    monkeypatch.setattr(collector, "refinement", counted)
     stats = collect(model, *tasks(2), together("1, 2", JOINT), refine=1)
-    targets = next(iter(stats.calibration.corrections.values())).targets
-    assert len(targets) == 3 and all(target.numel() for target in targets)
+    assert refined == [(0,), (1,), (0, 1)]
+    summed = next(iter(stats.calibration.corrections.values())).targets  # with the weights that they have in the merge
+    assert [target.numel() > 0 for target in summed] == [True, False, False]
 
 
 def test_statistics_with_combinations_come_back_from_their_file_in_any_order(model):

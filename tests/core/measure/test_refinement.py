@@ -15,6 +15,7 @@ from ssr_core import (
     save_statistics,
 )
 from ssr_core.measure.refinement import Uncompared
+from ssr_core.solve.weights import task_weights
 from synthetic import dense, mlp, random, random_lora
 
 
@@ -334,3 +335,27 @@ def test_large_targets_are_kept_in_16_bits_in_memory_and_files_and_merge_to_the_
     assert torch.equal(again.corrections[Site.whole("2", 8)].targets[0], target)
     errors = [error(model, loras_for(model), merge(one).updates) for one in (exact, rounded, again)]
     assert errors[1] == errors[2] == pytest.approx(errors[0], rel=0.01)
+
+
+def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge():
+    model, _, apart = refined()
+    collector = watched(model, loras_for(model))
+    calibration = collector.calibration()
+    weights, updates = task_weights(calibration, MergeSettings()), merge(calibration).updates
+    for task, batch in enumerate(batches()):
+        with torch.no_grad(), collector.refinement(task, updates, weights=weights) as run:
+            run.attach(model)
+            with run.alone():
+                model(batch)
+            with run.merged():
+                model(batch)
+            run.detach()
+    folded = collector.calibration()
+    for correction in folded.corrections.values():
+        assert [target.numel() > 0 for target in correction.targets] == [True, False]
+    for one, other in (
+        (merge(apart), merge(folded)),
+        (merge(apart.reordered((1, 0))), merge(folded.reordered((1, 0)))),
+    ):
+        for site, update in one.updates.items():
+            torch.testing.assert_close(dense(other.updates[site]), dense(update), rtol=1e-4, atol=1e-5)
