@@ -75,6 +75,7 @@ def merge_of(problem: Problem, on_site: OnSite = lambda done, total: None) -> Me
         *(calibration.names, problem.strengths, tuple(reports)),
         cases=calibration.cases,
         measured=calibration.measured,
+        refined=problem.is_refined,
     )
     return Merge(updates, replace(whole, alike=alike(calibration.subspaces)))
 

@@ -58,6 +58,7 @@ class Report:
     cases: tuple[Case, ...] = ()  # (C,) the first K are each LoRA by itself; given empty, there are no others
     alike: tuple[Likeness, ...] = ()  # LoRAs that are the same subject
     measured: bool = True  # False: errors are only expected, from the LoRAs' weights
+    refined: bool = False  # whether errors are those before the corrections, which lower them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cases", self.cases or singles(len(self.names)))
@@ -103,7 +104,7 @@ class Report:
         numbers = range(len(self.cases))
         stack, merge = (tuple(self.error(number, kind) for number in numbers) for kind in ("stack", "merge"))
         seen = self._coverage or FEW_LEVELS  # it is not known of statistics of old
-        return Summary(self.names, self.cases, stack, merge, seen, self.alike)
+        return Summary(self.names, self.cases, stack, merge, seen, self.alike, refined=self.refined)
 
     def __str__(self) -> str:
         return f"{self.summary if self.measured else UNMEASURED}\n\n{self.details}"
@@ -133,6 +134,8 @@ class Report:
             lines.append(f"{label:<{width}}  {strength:>8} {tokens:>8}{errors}")
         where = "on the calibration tokens" if self.measured else "as the weights alone let one expect it"
         lines.append(f"Error {where}: 0 = these LoRAs alone, 1 = as if they were not there.")
+        if self.refined:
+            lines.append("That of this merge is told as it is before refinement, which lowers it.")
         return lines
 
     def _remarks(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -100,10 +100,16 @@ class Problem:
         if correction is not None and self.writer is not None:
             whole = self.calibration.subspaces[site].scaled(self.strengths)
             correction = correction.share(self.writer, whole, self.calibration.cases)
-        return solve_site(
-            *(site, self._scaled(site), statistics, correction),
-            *(self._weights[site], self.settings.ridge, routing, self.calibration.cases),
-        )
+        how = (self._weights[site], self.settings.ridge, routing, self.calibration.cases)
+        solution = solve_site(site, self._scaled(site), statistics, correction, *how)
+        if correction is None or self.writer is not None or not routing:
+            return solution
+        return replace(solution, uncorrected=solve_site(site, self._scaled(site), statistics, None, *how))
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether corrections take part."""
+        return bool(self._corrections) and bool(self.settings.routing)
 
     def rank_of(self, site: Site) -> float:
         """What a site is cut to where sizes are not spread; 0 = all of it. A part is no larger than its LoRA."""

@@ -35,6 +35,7 @@ class Solution:
     equations: NormalEquations | None = None
     has_own_basis: bool = False  # not the LoRAs' own `up`
     cases: tuple[Case, ...] = ()  # (C,) who speaks
+    uncorrected: Solution | None = None  # the same from the statistics alone, where there is a correction
 
     @property
     def factor(self) -> Tensor:
@@ -73,7 +74,13 @@ class Solution:
         if seen is None or self.equations is None:
             return update, SiteReport(self.site, scaled.ranks, update.rank, energy=kept, spectrum=spectrum)
         condition = self.equations.condition_bound if wanted or routing else math.nan
-        lost = residuals(seen, scaled, router, (self.basis, self.energy) if self.has_own_basis else None, self.cases)
+        if self.uncorrected is not None:
+            # a correction serves the inputs that the merge leads to; on those of the LoRAs alone, which is all that
+            # statistics know, its error would seem larger and not smaller than without
+            lost = self.uncorrected.cut(rank, None)[1].residuals
+        else:
+            own = (self.basis, self.energy) if self.has_own_basis else None
+            lost = residuals(seen, scaled, router, own, self.cases)
         return update, SiteReport(
             *(self.site, scaled.ranks, update.rank, seen.tokens, lost, condition, kept, seen.coverage),
             *(seen.has_levels, spectrum),

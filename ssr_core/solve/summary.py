@@ -28,6 +28,7 @@ class Summary:
     coverage: int = FEW_LEVELS  # noise levels, or samples, that were seen
     alike: tuple[Likeness, ...] = ()  # LoRAs that are one and the same
     made: bool = True  # whether the merge is there already
+    refined: bool = False  # whether it keeps more than is told
 
     def __str__(self) -> str:
         return f"{self._kept()}\n{self._next()}"
@@ -39,7 +40,8 @@ class Summary:
             return "Nothing was measured, so it is not known what the merge keeps."
         names, stack, merge = zip(*known, strict=True)
         verb = "keeps" if self.made else "would keep"
-        said = f"The merge {verb} {_shares(names, merge)}"
+        least = " at least" if self.refined else ""
+        said = f"The merge {verb}{least} {_shares(names, merge)}"
         if together := [self.merge[i] for i, case in enumerate(self.cases) if case.is_combination]:
             whole = [error for error in together if not math.isnan(error)]
             said += f", and {_range(whole)} of what they do together" if whole else ""

@@ -1,5 +1,7 @@
 """Refinement: the merge walks beside each LoRA alone, and a second solution makes up for what the first one did."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -359,3 +361,16 @@ def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge():
     ):
         for site, update in one.updates.items():
             torch.testing.assert_close(dense(other.updates[site]), dense(update), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_of_a_refined_merge_tells_the_error_before_refinement():
+    """On the inputs of the LoRAs alone a correction, which is for others, would seem to make it worse."""
+    _, _, calibration = refined()
+    with_it, without = merge(calibration).report, merge(replace(calibration, corrections={})).report
+    assert [with_it.error(task) for task in (0, 1)] == pytest.approx([without.error(task) for task in (0, 1)])
+    assert "before refinement" in str(with_it) and "at least" in str(with_it.summary)
+    assert "before refinement" not in str(without) and "keeps at least" not in str(without.summary)
+    cut = [
+        merge(one, MergeSettings(rank=1)).report.error(0) for one in (calibration, replace(calibration, corrections={}))
+    ]
+    assert cut[0] == pytest.approx(cut[1], rel=0.2) and cut[0] > with_it.error(0)
