@@ -27,7 +27,7 @@ from ...ssr_core import (
 from ...ssr_core.measure.refinement import Uncompared
 from ...ssr_core.solve.weights import task_weights
 from ..reading.loaded_lora import LoadedLora
-from .memory import check_host, groups_that_fit, precision
+from .memory import check_host, free_host, groups_that_fit, precision
 from .runs import Kind, Run
 from .sampling import OnStep, begin, fitting, sample
 
@@ -69,8 +69,12 @@ def calibrate(
     refined = {run.index for run in runs if run.kind is Kind.REFINE}
     unrefined = len({run.index for run in runs} - refined)
     dtype = precision(patcher)
-    host = collector.requirement(context, bool(refined), unrefined=unrefined, folded=True).host
-    need = replace(collector.requirement(context, dtype=dtype), host=host)
+    hosts = {
+        folded: collector.requirement(context, bool(refined), unrefined=unrefined, folded=folded).host
+        for folded in (False, True)
+    }
+    folded = bool(refined) and hosts[False] > free_host()  # SSR Split makes use of cases that are kept apart
+    need = replace(collector.requirement(context, dtype=dtype), host=hosts[folded])
     on_need(need, 1)
     check_host(need)
     begun = {run.index: begin(patcher, run, latent, on_step, before) for run in runs if run.unseen}
@@ -86,12 +90,12 @@ def calibrate(
     groups = _groups(session, dtype, on_need) if refined else []
     try:
         updates: Mapping[Site, LowRankUpdate] = {}
-        weights: Mapping[Site, Sequence[float]] = {}
+        weights: Mapping[Site, Sequence[float]] | None = None
         for number, run in enumerate(runs[len(measuring) :], len(measuring)):
             on_run(number)
             if run.index == 0:  # a round begins: whatever happens in it, the one before stands
                 found = collector.calibration()
-                weights = task_weights(found, MergeSettings())
+                weights = task_weights(found, MergeSettings()) if folded else None
                 updates = merge(found if earlier is None else earlier + found, on_site=_interruptible).updates
             for part, modules in enumerate(groups):
                 session.on_step = on_step if not part else _unseen  # the bar counts each point once

@@ -43,9 +43,14 @@ def groups_that_fit(patcher: Any, latent: torch.Tensor, need: Callable[[int], in
     return next((groups for groups in range(1, GROUPS) if need(groups) <= room), GROUPS)
 
 
+def free_host() -> int:
+    """Bytes of memory that are free."""
+    return int(management.get_free_memory(torch.device("cpu")))
+
+
 def check_host(need: Requirement) -> None:
     """Raise SSRError if the statistics will not fit into memory."""
-    free = management.get_free_memory(torch.device("cpu"))
+    free = free_host()
     if need.host > free:
         raise SSRError(
             f"The statistics of these LoRAs need {size(need.host)} of memory, and {size(free)} are "
@@ -69,7 +74,7 @@ def check_result(count: int) -> None:
 
     The result is there twice for a moment: as it is solved, and as it is given away.
     """
-    need, free = 2 * count, management.get_free_memory(torch.device("cpu"))
+    need, free = 2 * count, free_host()
     logging.info("SSR Solve: the merged LoRA has up to %s, and making it takes %s of memory.", size(count), size(need))
     if need > free:
         raise SSRError(

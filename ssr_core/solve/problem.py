@@ -97,6 +97,8 @@ class Problem:
         unheard = self.settings.ridge.prior and statistics is not None and not sum(statistics.tokens)
         routing = 0.0 if unheard or self.treatments[site] == "stack" else self.settings.routing
         correction = self._corrections.get(site)
+        if correction is not None and self.writer is not None and correction.is_folded:
+            correction = None  # of a sum over cases nobody knows whose part is whose
         if correction is not None and self.writer is not None:
             whole = self.calibration.subspaces[site].scaled(self.strengths)
             correction = correction.share(self.writer, whole, self.calibration.cases)

@@ -75,6 +75,12 @@ class Correction:
         grams = Grams(self.grams.size, (gram, *(NOTHING,) * absent))
         return Correction(grams, (target, *(NOT_RUN,) * absent), self.fingerprint, self.strengths)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether it is a sum over the cases, of which nobody knows any more who was to write what."""
+        first, *others = (target.numel() > 0 for target in self.targets)
+        return first and bool(others) and not any(others)
+
     def chosen(
         self, cases: Sequence[int | None], rows: Tensor, fingerprint: str, strengths: tuple[float, ...]
     ) -> Correction:

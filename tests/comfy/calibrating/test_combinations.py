@@ -147,19 +147,23 @@ def test_the_report_has_a_row_for_the_combination_and_warns_of_pairs_that_were_n
     assert "Never heard together: cat and dog, dog and sepia." in report
 
 
-def test_combinations_are_refined_and_their_runs_are_as_many(model, monkeypatch):
-    collector, refined = importlib.import_module("ssr_pack.ssr_core").StatisticsCollector, []
-    refinement = collector.refinement
-
-    def counted(self, case, *given):
-        refined.append(case)
-        return refinement(self, case, *given)
-
-    monkeypatch.setattr(collector, "refinement", counted)
+def test_combinations_are_refined_and_their_runs_are_as_many(model):
     stats = collect(model, *tasks(2), together("1, 2", JOINT), refine=1)
-    assert refined == [(0,), (1,), (0, 1)]
-    summed = next(iter(stats.calibration.corrections.values())).targets  # with the weights that they have in the merge
-    assert [target.numel() > 0 for target in summed] == [True, False, False]
+    targets = next(iter(stats.calibration.corrections.values())).targets
+    assert len(targets) == 3 and all(target.numel() for target in targets)
+
+
+def test_where_memory_is_short_all_cases_are_summed_while_refining_and_merge_to_the_same(
+    model, pack_module, monkeypatch
+):
+    chain = [*tasks(2), together("1, 2", JOINT)]
+    apart, memory = collect(model, *chain, refine=1), pack_module("nodes.calibrating.diffusion_model")
+    monkeypatch.setattr(memory, "free_host", lambda: 0)
+    monkeypatch.setattr(memory, "check_host", lambda need: None)
+    folded = collect(model, *chain, refine=1)
+    assert all(correction.is_folded for correction in folded.calibration.corrections.values())
+    one, other = (solve(stats)[0] for stats in (apart, folded))
+    assert relative(sample(apply(model, one)), sample(apply(model, other))) < 1e-4
 
 
 def test_statistics_with_combinations_come_back_from_their_file_in_any_order(model):
