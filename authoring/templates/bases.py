@@ -173,3 +173,135 @@ def tiny() -> Base:
     sampling = {"steps": 12, "cfg": 1, "sampler_name": "euler", "scheduler": "simple"}
     size = {"width": 128, "height": 128}
     return Base([loader, clip, vae], loader["MODEL"], clip["CLIP"], vae["VAE"], size, sampling)
+
+
+def krea2() -> Base:
+    repository = "Comfy-Org/Krea-2/resolve/main/"
+    loader = _loader(
+        *("UNETLoader", "Krea 2 Turbo", {"unet_name": "krea2_turbo_int8_convrot.safetensors"}),
+        file(repository + "diffusion_models/krea2_turbo_int8_convrot.safetensors", "diffusion_models"),
+    )
+    clip = _loader(
+        *("CLIPLoader", "Text encoder of Krea 2"),
+        {"clip_name": "qwen3vl_4b_fp8_scaled.safetensors", "type": "krea2"},
+        file(repository + "text_encoders/qwen3vl_4b_fp8_scaled.safetensors", "text_encoders"),
+    )
+    vae = _loader(
+        *("VAELoader", "VAE of Krea 2", {"vae_name": "qwen_image_vae.safetensors"}),
+        file(repository + "vae/qwen_image_vae.safetensors", "vae"),
+    )
+    sampling = {"steps": 8, "cfg": 1, "sampler_name": "euler", "scheduler": "simple"}
+    size = {"width": 1024, "height": 1024}
+    return Base([loader, clip, vae], loader["MODEL"], clip["CLIP"], vae["VAE"], size, sampling, "EmptyLatentImage")
+
+
+def flux2_klein() -> Base:
+    repository = "Comfy-Org/flux2-klein/resolve/main/split_files/"
+    loader = _loader(
+        *("UNETLoader", "Flux2 Klein 4B", {"unet_name": "flux-2-klein-4b.safetensors"}),
+        file(repository + "diffusion_models/flux-2-klein-4b.safetensors", "diffusion_models"),
+    )
+    clip = _loader(
+        *("CLIPLoader", "Text encoder of Klein", {"clip_name": "qwen_3_4b.safetensors", "type": "flux2"}),
+        file(repository + "text_encoders/qwen_3_4b.safetensors", "text_encoders"),
+    )
+    vae = _loader(
+        *("VAELoader", "VAE of Flux2", {"vae_name": "flux2-vae.safetensors"}),
+        file("Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors", "vae"),
+    )
+    return Base(
+        [loader, clip, vae],
+        *(loader["MODEL"], clip["CLIP"], vae["VAE"]),
+        size={"width": 1024, "height": 1024},
+        sampling={"steps": 4, "cfg": 1, "sampler_name": "euler", "scheduler": "simple"},
+        latent="EmptyFlux2LatentImage",
+        calibration={"steps": 4},
+    )
+
+
+def anima() -> Base:
+    repository = "circlestone-labs/Anima/resolve/main/split_files/"
+    loader = _loader(
+        *("UNETLoader", "Anima", {"unet_name": "anima-base-v1.0.safetensors"}),
+        file(repository + "diffusion_models/anima-base-v1.0.safetensors", "diffusion_models"),
+    )
+    clip = _loader(
+        *("CLIPLoader", "Text encoder of Anima"),
+        {"clip_name": "qwen_3_06b_base.safetensors", "type": "stable_diffusion"},
+        file(repository + "text_encoders/qwen_3_06b_base.safetensors", "text_encoders"),
+    )
+    vae = _loader(
+        *("VAELoader", "VAE of Anima", {"vae_name": "qwen_image_vae.safetensors"}),
+        file(repository + "vae/qwen_image_vae.safetensors", "vae"),
+    )
+    return Base(
+        [loader, clip, vae],
+        *(loader["MODEL"], clip["CLIP"], vae["VAE"]),
+        size={"width": 1024, "height": 1024},
+        sampling={"steps": 30, "cfg": 4, "sampler_name": "euler", "scheduler": "simple"},
+        latent="EmptyLatentImage",
+        negative="worst quality, low quality, score_1, score_2, score_3, blurry, jpeg artifacts",
+        calibration={"cfg": 4},
+    )
+
+
+def kontext() -> Base:
+    base = flux()
+    repository = "Comfy-Org/flux1-kontext-dev_ComfyUI/resolve/main/split_files/"
+    name = "flux1-dev-kontext_fp8_scaled.safetensors"
+    loader = _loader(
+        *("UNETLoader", "Flux Kontext", {"unet_name": name}),
+        file(f"{repository}diffusion_models/{name}", "diffusion_models"),
+    )
+    return replace(base, nodes=[loader, *base.nodes[1:]], model=loader["MODEL"], guidance=2.5)
+
+
+def ltx2() -> Base:
+    """Of its nodes the last loads the VAE of its sound."""
+    name = "ltx-2-19b-dev-fp8.safetensors"
+    weights = file(f"Lightricks/LTX-2/resolve/main/{name}", "checkpoints")
+    loader = _loader("CheckpointLoaderSimple", "LTX-2", {"ckpt_name": name}, weights)
+    text = "gemma_3_12B_it_fp4_mixed.safetensors"
+    clip = _loader(
+        *("LTXAVTextEncoderLoader", "Text encoder of LTX-2", {"text_encoder": text, "ckpt_name": name}),
+        file(f"Comfy-Org/ltx-2/resolve/main/split_files/text_encoders/{text}", "text_encoders"),
+    )
+    sound = _loader("LTXVAudioVAELoader", "VAE of its sound", {"ckpt_name": name})
+    return Base(
+        [loader, clip, sound],
+        *(loader["MODEL"], clip["CLIP"], loader["VAE"]),
+        size={"width": 768, "height": 512, "length": 97},
+        sampling={"steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "simple"},
+        latent="EmptyLTXVLatentVideo",
+        negative="blurry, low quality, still frame, watermark, overlay, titles, subtitles",
+        calibration={"cfg": 4},
+    )
+
+
+def minimax_h3() -> Base:
+    """Of its nodes the last loads the VAE of its sound."""
+    repository = "Comfy-Org/MiniMax-H3/resolve/main/"
+    name = "minimax_h3_fl2va_pruned_int8_convrot.safetensors"
+    loader = _loader(
+        *("UNETLoader", "MiniMax H3", {"unet_name": name}),
+        file(f"{repository}diffusion_models/{name}", "diffusion_models"),
+    )
+    text = "qwen3vl_32b_minimax_h3_nvfp4_awq.safetensors"
+    clip = _loader(
+        *("CLIPLoader", "Text encoder of MiniMax H3", {"clip_name": text, "type": "minimax"}),
+        file(f"{repository}text_encoders/{text}", "text_encoders"),
+    )
+    vaes = [
+        _loader("VAELoader", title, {"vae_name": vae}, file(f"{repository}vae/{vae}", "vae"))
+        for title, vae in (
+            ("VAE of MiniMax H3", "minimax_h3_video_vae_fp16.safetensors"),
+            ("VAE of its sound", "minimax_h3_audio_vae_fp32.safetensors"),
+        )
+    ]
+    return Base(
+        [loader, clip, *vaes],
+        *(loader["MODEL"], clip["CLIP"], vaes[0]["VAE"]),
+        size={"width": 1344, "height": 768, "length": 124},
+        sampling={"steps": 20, "cfg": 1, "sampler_name": "res_multistep", "scheduler": "simple"},
+        latent="EmptyMiniMaxH3LatentAV",
+    )

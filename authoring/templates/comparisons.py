@@ -49,7 +49,7 @@ SWITCH = (
 
 
 def two_characters_flux() -> list[Group]:
-    return _merge_and_compare(
+    return merge_and_compare(
         bases.flux(),
         (replace(ANNA, what="character one", file="character_one.safetensors"), BERT),
         (
@@ -75,7 +75,7 @@ def two_characters_flux() -> list[Group]:
 
 
 def style_and_character_sdxl() -> list[Group]:
-    return _merge_and_compare(
+    return merge_and_compare(
         bases.sdxl(),
         (replace(INKWASH), ANNA),
         (Shot("style and character", "inkwash style, anna1 woman standing on a bridge in the rain"),),
@@ -97,7 +97,7 @@ def style_and_character_sdxl() -> list[Group]:
 
 
 def three_loras_zimage() -> list[Group]:
-    return _merge_and_compare(
+    return merge_and_compare(
         bases.z_image(),
         (ANNA, INKWASH, COAT),
         (
@@ -117,7 +117,7 @@ def three_loras_zimage() -> list[Group]:
 
 
 def speed_lora_in_base_qwen() -> list[Group]:
-    return _merge_and_compare(
+    return merge_and_compare(
         bases.qwen_image_with_speed_lora(),
         (ANNA, INKWASH),
         (Shot("style and character", "anna1 woman standing on a bridge in the rain, inkwash style"),),
@@ -135,7 +135,7 @@ def speed_lora_in_base_qwen() -> list[Group]:
 
 
 def tiny_demo() -> list[Group]:
-    groups = _merge_and_compare(
+    groups = merge_and_compare(
         bases.tiny(),
         (MOCHI, ROBO, SEPIA),
         (
@@ -180,7 +180,7 @@ def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:
     return [*groups, Group("6 Polish", AMBER, [(460, [polishing]), (460, kept)], under=groups[-1])]
 
 
-def _merge_and_compare(
+def merge_and_compare(
     base: Base,
     loras: Sequence[Lora],
     shots: Sequence[Shot],

@@ -29,6 +29,7 @@ from .parts import (
     save,
     size,
     solve,
+    stack,
     with_note,
 )
 
@@ -388,3 +389,88 @@ def wan_two_experts() -> list[Group]:
 def _for(lora: Lora, noise: str) -> Lora:
     stem = lora.file.removesuffix(".safetensors")
     return replace(lora, what=f"{lora.what}, {noise} noise", file=f"{stem}_{noise}_noise.safetensors")
+
+
+def keep_your_sliders(
+    base: Base | None = None, loras: Sequence[Lora] = (ANNA, INKWASH), shot: Shot = BRIDGE, prefix: str = "split"
+) -> list[Group]:
+    base = base or bases.z_image()
+    columns, tasks = chain(loras, base)
+    latent, collecting = collect(base, tasks)
+    splitting = Node(
+        "SSRSplit", None, {"stats": collecting["stats"]}, {"filename_prefix": prefix}, room=56, colour="merge"
+    )
+    parts, model = stack(
+        [
+            replace(lora, file=f"{prefix}_{lora.file.removesuffix('.safetensors')}_00001_.safetensors", strength=1.0)
+            for lora in loras
+        ],
+        base,
+    )
+    picture_size = size(base)
+    drawn, _ = pictures(base, (shot,), model, picture_size["LATENT"], prefix="sliders/parts")
+    start = note(
+        "Start here",
+        "**SSR Split** saves the merge as one cleaned LoRA for each of yours. They no longer disturb each other, and "
+        "each keeps its own strength, mask and schedule, in any tool.",
+        "Press **Run**: the files appear under output/loras. Then press R, select the nodes of the group at the right "
+        "and press Ctrl+B to switch it on.",
+    )
+    sliders = note(
+        "Sliders",
+        "At strength 1 the files together are the merge. Turn one down to have less of it, or leave it out: the other "
+        "is then nearly what its LoRA is by itself.",
+        "Where you need no sliders, one file of **SSR Solve** is smaller and runs faster.",
+    )
+    return [
+        Group("1 Models", BLUE, [(330, [start, *base.nodes])]),
+        Group("2 LoRAs and prompts", GREEN, with_note(columns, EXAMPLES)),
+        Group(
+            "3 Split", AMBER, [(340, [latent, collecting, splitting]), (460, [report(splitting["report"]), sliders])]
+        ),
+        Group(
+            "4 Use them (bypassed)",
+            PURPLE,
+            [(270, [*parts, picture_size]), (300, drawn.texts), (270, drawn.samplers), (390, drawn.images)],
+            bypassed=True,
+        ),
+    ]
+
+
+def bake_into_checkpoint() -> list[Group]:
+    base, loras = bases.sdxl(), (INKWASH, ANNA)
+    columns, tasks = chain(loras, base, [ANNA_INKWASH])
+    negative = Node("SSRPrompts", "Negative prompt", {"clip": base.clip}, {"text": base.negative}, 120)
+    latent, collecting = collect(base, tasks, {"negative": negative["calibration"], "clip": base.clip})
+    solving = solve(collecting["stats"])
+    inputs = {"model": base.model, "lora": solving["lora"], "clip": base.clip}
+    applied = Node("SSRApply", None, inputs, colour="merge")
+    baked = Node(
+        "CheckpointSave",
+        "Save Checkpoint (core)",
+        {"model": applied["model"], "clip": applied["clip"], "vae": base.vae},
+        {"filename_prefix": "checkpoints/merged"},
+        colour="merge",
+    )
+    start = note(
+        "Start here",
+        "The merge is baked into a whole checkpoint by ComfyUI's own node. For models in several files use Model Save "
+        "and CLIP Save instead. A LoRA file is a hundredth of the size and fits every variant of the base, so bake "
+        "only for tools that take no LoRA.",
+        "Choose your checkpoint here and your LoRAs at the right.",
+    )
+    rounding = note(
+        "Precision",
+        "Saved in the precision of the loaded base. In bf16 and fp16 nothing is lost that matters. In **fp8** each "
+        "weight keeps 3 bits behind the point: ComfyUI rounds at random so that the mean stays right, yet each weight "
+        "is off by some percent, often more than the LoRA changes it. Bake from a bf16 or fp16 base, and make fp8 of "
+        "the result; or keep the LoRA file, which is exact on fp8, too, where a loader does not patch weights.",
+        "The merge's part for the text encoder is baked in, too: SSR Apply has CLIP connected.",
+    )
+    kept = [report(solving["report"]), save(solving["lora"], "before-baking", "SSR Save LoRA (keep it, too)")]
+    return [
+        Group("1 Checkpoint", BLUE, [(330, [start, *base.nodes])]),
+        Group("2 LoRAs and prompts", GREEN, with_note(columns, EXAMPLES)),
+        Group("3 Merge", AMBER, [(340, [latent, negative, collecting, solving]), (460, kept)]),
+        Group("4 Bake", PURPLE, [(400, [applied, baked, rounding])]),
+    ]

@@ -34,6 +34,9 @@ PICTURES: dict[str, Sequence[str]] = {
 }
 
 
+LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader")
+
+
 def retuned() -> list[Group]:
     return scenarios.retune_saved_stats(tiny(), (MOCHI, ROBO), Shot("Mochi", "mochi the cat on the beach", 3))
 
@@ -65,6 +68,24 @@ GRAPHS: dict[str, tuple[Callable[[], list[Group]], Sequence[str], bool]] = {
         WORKFLOWS["speed-lora-in-base-qwen"],
         *(("UNETLoader", "LoraLoaderModelOnly", "ModelSamplingAuraFlow"), False),
     ),
+    "keep-your-sliders-zimage": (
+        lambda: scenarios.keep_your_sliders(tiny(), (MOCHI, ROBO), Shot("Mochi", "mochi the cat on the beach", 3)),
+        *(("SSRSplit",), True),
+    ),
+    "bake-into-checkpoint-sdxl": (WORKFLOWS["bake-into-checkpoint-sdxl"], ("SSRApply", "CheckpointSave"), False),
+    "edit-loras-kontext": (
+        WORKFLOWS["edit-loras-kontext"],
+        ("LoadImage", "FluxKontextImageScale", "VAEEncode"),
+        False,
+    ),
+    "style-and-character-krea2": (WORKFLOWS["style-and-character-krea2"], LOADERS, False),
+    "style-and-character-flux2-klein": (WORKFLOWS["style-and-character-flux2-klein"], LOADERS, False),
+    "style-and-character-anima": (WORKFLOWS["style-and-character-anima"], LOADERS, False),
+    "video-with-sound-ltx2": (
+        WORKFLOWS["video-with-sound-ltx2"],
+        *(("CheckpointLoaderSimple", "LTXAVTextEncoderLoader", "LTXVAudioVAELoader"), False),
+    ),
+    "video-with-sound-minimax-h3": (WORKFLOWS["video-with-sound-minimax-h3"], LOADERS, False),
     "two-experts-wan22": (WORKFLOWS["two-experts-wan22"], ("SSRCollectStats", "SSRSolve"), False),
 }
 

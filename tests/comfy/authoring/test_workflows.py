@@ -18,8 +18,12 @@ from hosting.server import ComfyServer, convert_ui_to_api
 WORKFLOWS = sorted((runtime.ROOT / "workflows").glob("*.json"))
 COMPARING = [path for path in WORKFLOWS if "Compare with the plain stack" in path.read_text(encoding="utf-8")]
 NOTES = {"Note", "MarkdownNote"}  # the frontend's own, unknown to the server
-FILE_INPUTS = re.compile(r"(unet|clip|vae|ckpt|lora)_name\d?|lora_\d|file")
-FILES = re.compile(r"taef1|None|.+\.safetensors( \[output\])?")
+LATENTS = (
+    *("EmptySD3LatentImage", "EmptyLatentImage", "EmptyHunyuanLatentVideo"),
+    *("EmptyFlux2LatentImage", "EmptyLTXVLatentVideo", "EmptyMiniMaxH3LatentAV"),
+)
+FILE_INPUTS = re.compile(r"(unet|clip|vae|ckpt|lora)_name\d?|lora_\d|file|text_encoder|image")
+FILES = re.compile(r"taef1|None|.+\.safetensors( \[output\])?|example\.png")
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 TITLE_HEIGHT, SLOT_HEIGHT, WIDGET_HEIGHT = 30, 20, 24  # LiteGraph's
 BYPASSED = 4
@@ -226,7 +230,7 @@ def assert_valid(name: str, value: Any, spec: list[Any], where: str) -> None:
 
 
 def test_calibration_samples_the_way_the_pictures_are_sampled(workflow, object_info):
-    latents = of_type(workflow, "EmptySD3LatentImage", "EmptyLatentImage", "EmptyHunyuanLatentVideo")
+    latents = of_type(workflow, *LATENTS)
     sizes = [values(node, object_info) for node in latents]
     assert len({(size["width"], size["height"]) for size in sizes}) == 1
     measuring = of_type(workflow, "SSRCollectStats", "SSRQuickMerge")
