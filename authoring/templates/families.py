@@ -166,7 +166,9 @@ def ltx2() -> list[Group]:
         "Speed LoRAs (distilled) and upscalers stay outside: load a speed LoRA before SSR Collect Stats, with its "
         "steps and cfg 1, and use the merge in each of your passes.",
     )
-    return _video(base, "ltx2", start, [rate, small, sound, joined[0]], [large, heard, joined[1]], "LTXVAudioVAEDecode", 25)
+    return _video(
+        base, "ltx2", start, [rate, small, sound, joined[0]], [large, heard, joined[1]], "LTXVAudioVAEDecode", 25
+    )
 
 
 def minimax_h3() -> list[Group]:

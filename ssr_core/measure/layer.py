@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,37 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ModelMismatchError
+from .placed import Placed, PlacedUp, sent
 
 CHUNK_BYTES = 64 * 2**20  # of float32 input that exist at one time
 WIDENED = ("cpu", "mps")  # where half precision is computed in float32: they have no fast product with a wide result
 
 _LINEAR, _CONVOLUTION = ("in_features", "out_features"), ("kernel_size", "stride", "padding", "dilation")
 _CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """A `down` where a layer computes, in its layout and precision."""
-
-    down: Tensor  # (rank, in, *kernel); twice as many rows where half precision alone would not hold them
-    rank: int
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedUp:
-    """An `up` where a layer computes: `scale` times `matrix`."""
-
-    matrix: Tensor  # (out, rank)
-    scale: float
-
-    @classmethod
-    def of(cls, up: Tensor, where: tuple[torch.device, torch.dtype], strength: float = 1.0) -> PlacedUp:
-        device, dtype = where
-        if dtype != torch.float16:
-            return cls(sent(up.to(dtype), device), strength)
-        # the smallest values of many LoRAs are below what float16 has in full: brought near 1, they are not
-        power = 2.0 ** math.frexp(float(up.abs().max()))[1]
-        return cls(sent((up.float() / power).to(dtype), device), strength * power)
 
 
 @dataclass(frozen=True)
@@ -221,11 +196,6 @@ def is_exact(down: Tensor, dtype: torch.dtype) -> bool:
     if dtype.itemsize >= 4 or down.dtype == dtype or down.is_meta:
         return dtype.itemsize >= 4 or down.dtype == dtype
     return torch.equal(down.to(dtype).float(), down.float())
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host does not wait for it where it need not."""
-    return tensor.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
 
 
 def fits(tokens: int, width: int) -> bool:

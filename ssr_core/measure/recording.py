@@ -14,7 +14,8 @@ from ..lora.subspace import Subspace
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .accumulator import Accumulator
 from .finding import find_layer
-from .layer import Layer, PlacedUp, add_product, compute_dtype, fits
+from .layer import Layer, add_product, compute_dtype, fits
+from .placed import PlacedUp
 from .tap import Joint, Place, Tap, taps_of
 from .token_choice import Choice
 

@@ -17,7 +17,8 @@ from ..lora.site import Site
 from ..lora.subspace import Subspace
 from ..statistics.correction import NOT_RUN, Correction
 from .accumulator import zeros
-from .layer import Layer, Placed, PlacedUp, add_product
+from .layer import Layer, add_product
+from .placed import Placed, PlacedUp
 from .recording import Recording
 from .tap import Place, Tap
 

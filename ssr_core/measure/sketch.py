@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .accumulator import zeros
-from .layer import sent
+from .placed import sent
 
 OVERSAMPLING = 16
 

@@ -13,7 +13,8 @@ from ..errors import ModelMismatchError
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from .accumulator import Accumulator
-from .layer import Layer, Placed, PlacedUp, sent
+from .layer import Layer
+from .placed import Placed, PlacedUp, sent
 from .sketch import Sketch
 
 Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer import sent
+from .placed import sent
 
 SETS = 16  # that a layer takes in turn: as good as a new one each time, and drawing one would wait for the device
 

@@ -17,7 +17,7 @@ CORE = {
     "lora": ("low_rank_update", "expansion", "site", "lora", "subspace"),
     "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration", "weight_calibration"),
     "measure": (
-        *("accumulator", "layer", "finding", "sketch", "token_choice", "tap"),
+        *("accumulator", "placed", "layer", "finding", "sketch", "token_choice", "tap"),
         *("recording", "refinement", "requirement", "collector", "distributed"),
     ),
     "solve": (
