@@ -21,8 +21,9 @@ def in_training(patcher: Any, need: int) -> Iterator[Any]:
     ComfyUI's own training does the same: some models choose other kernels then, which have a gradient. Unlike there,
     weights that do not fit beside `need` may stay offloaded: none is kept for a gradient, see frozen().
     """
+    # in the mode of all other nodes: quantized weights that were moved in another can never be moved again
+    management.load_models_gpu([patcher], memory_required=need)
     with torch.inference_mode(False), uncompiled(), with_gradient():
-        management.load_models_gpu([patcher], memory_required=need)
         known = getattr(management, "in_training", False)
         management.in_training = True
         patcher.pre_run()

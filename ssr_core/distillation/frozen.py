@@ -59,8 +59,8 @@ def _usable_weights(module: nn.Module) -> Iterator[None]:
     parameters, buffers = dict(module._parameters), dict(module._buffers)
     wanting = {name: one for name, one in parameters.items() if one is not None and one.requires_grad}
     for name, parameter in parameters.items():
-        if parameter is not None and type(parameter) is nn.Parameter and parameter.is_inference():
-            module._parameters[name] = nn.Parameter(_same_memory(parameter.data), requires_grad=False)
+        if parameter is not None and parameter.is_inference():
+            module._parameters[name] = _same_parameter(parameter)
         elif name in wanting and parameter is not None:
             parameter.requires_grad_(False)
     for name, buffer in buffers.items():
@@ -74,6 +74,29 @@ def _usable_weights(module: nn.Module) -> Iterator[None]:
         for parameter in wanting.values():
             if not parameter.is_inference():
                 parameter.requires_grad_(True)
+
+
+def _same_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    if hasattr(parameter, "__tensor_flatten__"):  # it wraps tensors, as ComfyUI's QuantizedTensor does
+        return nn.Parameter(_same_wrapper(parameter), requires_grad=False)
+    with torch._C.DisableTorchFunctionSubclass():
+        fresh = _same_memory(parameter.as_subclass(Tensor))
+        if type(parameter) is nn.Parameter:
+            return nn.Parameter(fresh, requires_grad=False)
+        same: nn.Parameter = fresh.as_subclass(type(parameter))
+        vars(same).update(vars(parameter))  # what its class keeps beside its values, as that of ComfyUI-GGUF does
+    return same
+
+
+def _same_wrapper(wrapper: Any) -> Tensor:
+    own = set(vars(wrapper))
+    names, how = wrapper.__tensor_flatten__()
+    inner = {name: getattr(wrapper, name) for name in names}
+    for name in set(vars(wrapper)) - own:  # put there for the lines above
+        delattr(wrapper, name)
+    fresh = {name: _same_memory(one) if one.is_inference() else one for name, one in inner.items()}
+    same: Tensor = type(wrapper).__tensor_unflatten__(fresh, how, wrapper.shape, wrapper.stride())
+    return same
 
 
 def _same_memory(tensor: Tensor) -> Tensor:
@@ -103,6 +126,17 @@ def _without_gradient(said: str) -> SolveError:
         f"No gradient passes through {said}, so nothing can be distilled on this model. Its kernels may be made for "
         "inference only: use the same model in bf16, fp8 or GGUF."
     )
+
+
+@contextmanager
+def _naming(said: str) -> Iterator[None]:
+    """Tells in what a kernel without gradient is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _without_gradient(said) from error
 
 
 def _converting(module: nn.Module, said: str) -> Forward:
@@ -146,10 +180,8 @@ class _Again(torch.autograd.Function):
             output = context.original(x)
             if not output.requires_grad:
                 raise _without_gradient(context.said)
-            try:
+            with _naming(context.said):
                 return torch.autograd.grad(output, x, gradients)[0], None, None
-            except NotImplementedError as error:
-                raise _without_gradient(context.said) from error
 
 
 def _checkpointed(block: nn.Module, said: str) -> Forward:
@@ -197,5 +229,6 @@ class _Checkpoint(torch.autograd.Function):
             pairs = [(a, g) for a, g in zip(answers, gradients, strict=True) if a.requires_grad and g is not None]
             if not pairs and any(one.requires_grad for one in given):
                 raise _without_gradient(context.said)
-            torch.autograd.backward([a for a, _ in pairs], [g for _, g in pairs])
+            with _naming(context.said):
+                torch.autograd.backward([a for a, _ in pairs], [g for _, g in pairs])
         return (None, None, None, *(one.grad for one in given))

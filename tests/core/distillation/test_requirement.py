@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from allocations import allocations
 from ssr_core import (
     Branch,
+    Case,
     DistillationRequirement,
     DistillationSettings,
     Lora,
@@ -22,6 +23,7 @@ from ssr_core.lora.low_rank_update import concatenate
 from synthetic import random, random_lora
 
 CPU = torch.device("cpu")
+CASES = (Case((0,)), Case((1,)))
 
 
 class Block(nn.Module):
@@ -123,7 +125,7 @@ def test_no_more_is_taken_than_told_and_hardly_less(kind, rank, dtype, only_up):
     need = DistillationRequirement.of(updates, activations, points, only_up)
     settings = DistillationSettings(steps=2, batch=3, evaluations=1, only_up=only_up)
     gc.collect()
-    peak = allocations(lambda: distil(network, network, updates, points, points, CPU, (), settings)).peak
+    peak = allocations(lambda: distil(network, network, updates, points, points, CPU, CASES, settings)).peak
     told = need.device + need.results // 2  # while gradients pass, there is only the best step so far
     assert peak <= told < 1.15 * peak
 
