@@ -136,6 +136,11 @@ class SSRCollectStats(io.ComfyNode):
                     tooltip="Earlier statistics of the same LoRAs. The new ones are then measured in the same "
                     "directions of each layer, so that SSR Add Stats can add both. Use other prompts or another seed.",
                 ),
+                inputs.layers(
+                    "Rules for layers that are left out before anything is read or measured, one per line, such as "
+                    "drop img_in or drop text_encoder: layers of another size, or what you do not want from any LoRA. "
+                    "As in SSR Solve, but drop and keep only."
+                ),
             ],
             outputs=[SSRStats.Output(display_name="stats", tooltip="What was measured; for SSR Solve.")],
             hidden=[io.Hidden.unique_id],
@@ -163,6 +168,7 @@ class SSRCollectStats(io.ComfyNode):
         model_before: Any = None,
         like: Stats | None = None,
         pairs: int = PAIRS,
+        layers: str = "",
     ) -> io.NodeOutput:
         sampling = Sampling(
             *(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), tokens, start_at_step, end_at_step)
@@ -173,5 +179,6 @@ class SSRCollectStats(io.ComfyNode):
                 *(context, refine, clip, expand_rank, model_before),
                 like=like,
                 pairs=pairs,
+                layers=layers,
             )
         )

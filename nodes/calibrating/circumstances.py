@@ -57,6 +57,7 @@ class Circumstances:
     date: str
     versions: Mapping[str, str]  # of this pack, ComfyUI and torch
     combinations: tuple[Heard, ...] = ()
+    layers: str = ""  # rules: what they drop was neither read nor measured
 
     @classmethod
     def of(
@@ -68,6 +69,7 @@ class Circumstances:
         context: int,
         refine: int,
         expand_rank: int,
+        layers: str = "",
     ) -> Circumstances:
         """A run that happens now; of `cases` those of one LoRA are its task."""
         return cls(
@@ -84,6 +86,7 @@ class Circumstances:
                 Heard(one.case.speakers, len(one.conditioning), texts(one.conditioning), one.is_glued)
                 for one in cases[len(tasks) :]
             ),
+            layers,
         )
 
     @classmethod

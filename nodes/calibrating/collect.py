@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
-from ...ssr_core import Calibration, LoraError, Requirement, SSRError, StatisticsError, weight_calibration
+from ...ssr_core import (
+    Calibration,
+    LoraError,
+    Requirement,
+    Rule,
+    SSRError,
+    StatisticsError,
+    parse_rules,
+    weight_calibration,
+)
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.measure.collector import CONTEXT
 from ...ssr_core.solve.likeness import alike
@@ -43,6 +52,7 @@ def collect(
     before: Any = None,
     like: Stats | None = None,
     pairs: int = PAIRS,
+    layers: str = "",
 ) -> Stats:
     """Sample each case's prompts with its LoRAs active, and measure. With 0 steps nothing is run or measured.
 
@@ -50,6 +60,7 @@ def collect(
         tell: is told what happens, in words.
         before: the model that samples the steps before the first that is looked at.
         pairs: where no combination is asked for, how many prompts of each pair are made of their own.
+        layers: rules for layers; what they drop is neither read nor measured.
         like: earlier statistics of the same LoRAs; these are then measured in the same subspaces, and add up with them.
 
     Raises:
@@ -59,14 +70,14 @@ def collect(
     started = time.perf_counter()
     tasks, asked, off = without_off(*parted(tasks))
     if not sampling.steps:
-        return _unmeasured(model, tasks, sampling, tell, clip, expand_rank, like, off)
+        return _unmeasured(model, tasks, sampling, tell, clip, expand_rank, like, layers, off)
     _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
-    loras = _read(tasks, model, clip, expand_rank)
+    loras = _read(tasks, model, clip, expand_rank, _drops(layers))
     if warnings := [line for lora in loras for line in lora.account.warnings(lora.task.name)]:
         logging.warning("SSR Collect Stats: %s", " ".join(warnings))
         tell(" ".join(warnings))
-    collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank)
+    collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank, layers)
     if like is not None:
         _check_likeness(like, collection, clip)
     earlier = None if like is None else like.calibration.ordered_as([lora.lora for lora in loras])
@@ -93,14 +104,15 @@ def _unmeasured(
     clip: Any,
     expand_rank: int,
     like: Stats | None,
+    layers: str,
     off: Sequence[str],
 ) -> Stats:
     """What the LoRAs' weights alone let one expect; prompts and combinations are not looked at."""
     _check_any(tasks)
     if like is not None:
         raise SSRError("Statistics are connected to like, but with 0 steps nothing is measured; disconnect them.")
-    loras = _read(tasks, model, clip, expand_rank)
-    collection = Circumstances.of(model, tasks, cases_of(tasks, (), 0), sampling, 0, 0, expand_rank)
+    loras = _read(tasks, model, clip, expand_rank, _drops(layers))
+    collection = Circumstances.of(model, tasks, cases_of(tasks, (), 0), sampling, 0, 0, expand_rank, layers)
     of_text = [lora.text_lora for lora in loras] if clip is not None else []
     text = weight_calibration(of_text) if any(lora.updates for lora in of_text) else None
     calibration = weight_calibration([lora.lora for lora in loras])
@@ -155,8 +167,16 @@ def _check(tasks: Sequence[Task], sampling: Sampling, before: Any) -> None:
         )
 
 
-def _read(tasks: Sequence[Task], model: Any, clip: Any, expand_rank: int) -> list[LoadedLora]:
-    loras = read_tasks(tasks, model, clip, expand_rank)
+def _drops(layers: str) -> tuple[Rule, ...]:
+    """Raise SSRError for rules that belong to SSR Solve."""
+    rules = parse_rules(layers)
+    if stacked := [str(rule) for rule in rules if rule.treatment == "stack"]:
+        raise SSRError(f"{stacked[0]!r} is a rule for SSR Solve; layers of SSR Collect Stats takes drop and keep only.")
+    return rules
+
+
+def _read(tasks: Sequence[Task], model: Any, clip: Any, expand_rank: int, rules: Sequence[Rule]) -> list[LoadedLora]:
+    loras = read_tasks(tasks, model, clip, expand_rank, rules)
     if not any(lora.model.updates for lora in loras):
         raise LoraError(
             f"None of {', '.join(task.name for task in tasks)} changes a layer of the model that can be routed; at "

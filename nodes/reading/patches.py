@@ -6,7 +6,7 @@ Which key means which weight is ComfyUI's to say, not ours.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Site
+from ...ssr_core import LoraError, LowRankUpdate, ModelMismatchError, Rule, Site, check_rules, treatment_of
 from ...ssr_core.files.lora_file import find_pairs
 from ...ssr_core.lora.expansion import RANK
 from ...ssr_core.lora.site import sum_by_site
@@ -23,27 +23,47 @@ from . import adapters
 from .keys import ADAPTER, TEXT_ENCODER, owner
 from .loaded_lora import LoadedLora, Part, Patch
 from .lora_file import read_with_notes
-from .network import NamesOnly, Network
+from .network import GENERIC, NamesOnly, Network
 from .place import Place
 from .spellings import cause, respelled
 from .task import Task, is_off
 from .tensor_account import LEFT_OUT, Account, Expanded, Fate, fates_of
 
 
-def read_tasks(tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = RANK) -> list[LoadedLora]:
+def read_tasks(
+    tasks: Sequence[Task], model: Any, clip: Any = None, rank: int = RANK, rules: Sequence[Rule] = ()
+) -> list[LoadedLora]:
     """Read the LoRAs of all tasks for `model`, a ModelPatcher, and `clip` if there is one.
 
     Args:
         rank: the highest of what adapters other than plain LoRA are expanded to.
+        rules: layers that are dropped are not read, of whichever size or kind they are.
 
     Raises:
         LoraError: damaged, half a pair, or an adapter that cannot be merged.
-        ModelMismatchError: nothing in it names a weight of this model, or sizes differ.
+        ModelMismatchError: nothing in it names a weight of this model, or most sizes differ.
+        SSRError: a rule that matches no layer.
     """
     network, encoder = Network.of_model(model), None if clip is None else Network.of_text_encoder(clip)
+    how = _How(rank, rules)
     # the text encoder's parts first: what cannot be done without clip is known before minutes of expanding
-    begun = [_begin(task, network, encoder, rank) for task in tasks]
-    return [_finish(one, network, encoder, rank) for one in begun]
+    begun = [_begin(task, network, encoder, how) for task in tasks]
+    loaded = [_finish(one, network, encoder, how) for one in begun]
+    check_rules(rules, how.modules)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _How:
+    """How files are read."""
+
+    rank: int
+    rules: Sequence[Rule]
+    modules: set[str] = field(default_factory=set)  # that they name
+
+    def drops(self, module: str) -> bool:
+        self.modules.add(module)
+        return treatment_of(module, self.rules) == "drop"
 
 
 def read_task(task: Task, model: Any, clip: Any = None, rank: int = RANK) -> LoadedLora:
@@ -63,7 +83,7 @@ class _Begun:
     notes: tuple[str, ...]
 
 
-def _begin(task: Task, network: Network, connected: Network | None, rank: int) -> _Begun:
+def _begin(task: Task, network: Network, connected: Network | None, how: _How) -> _Begun:
     tensors, source, notes = read_with_notes(task)
     if not tensors:
         raise LoraError(f"{task.name} holds no tensors; the file is empty. Save or download it again.")
@@ -72,14 +92,15 @@ def _begin(task: Task, network: Network, connected: Network | None, rank: int) -
     known = {**network.key_map, **encoder.key_map}
     # first: ComfyUI passes over a lone down in silence, and stumbles over a lone up
     find_pairs({key: value for key, value in tensors.items() if owner(key, known)}, task.name)
-    text = _Reader(task.name, encoder, task.text_strength, rank).read(tensors)
+    prefix = "" if connected is None else GENERIC
+    text = _Reader(task.name, encoder, task.text_strength, how, prefix).read(tensors)
     notes = (*notes, f"read with {told}, which Load LoRA would not do.") if told else notes
     return _Begun(task, source, tensors, known, text, notes)
 
 
-def _finish(begun: _Begun, network: Network, connected: Network | None, rank: int) -> LoadedLora:
+def _finish(begun: _Begun, network: Network, connected: Network | None, how: _How) -> LoadedLora:
     task, of_text = begun.task, begun.text
-    of_model = _Reader(task.name, network, task.strength, rank).read(begun.tensors)
+    of_model = _Reader(task.name, network, task.strength, how).read(begun.tensors)
     if not task.is_off:  # as a whole it may be in statistics from a file, which SSR Solve then leaves out
         of_model, of_text = _off(of_model, task.strength), _off(of_text, task.text_strength)
     fates = fates_of(begun.tensors, begun.known, of_model.fates, of_text.fates, summed_text=connected is None)
@@ -106,8 +127,9 @@ def _off(reading: _Reading, strength: float) -> _Reading:
 class _Reader:
     """Takes the patches that ComfyUI makes of a file apart."""
 
-    def __init__(self, name: str, network: Network | NamesOnly, strength: float, rank: int) -> None:
-        self.name, self.network, self.strength, self.rank = name, network, strength, rank
+    def __init__(self, name: str, network: Network | NamesOnly, strength: float, how: _How, prefix: str = "") -> None:
+        """`prefix`: before names of the network's layers where people write rules."""
+        self.name, self.network, self.strength, self.how, self.prefix = name, network, strength, how, prefix
         self.pieces: list[tuple[Site, LowRankUpdate]] = []
         self.patches: dict[str, Patch] = {}
         self.expanded: list[Expanded] = []
@@ -138,6 +160,8 @@ class _Reader:
 
     def _take(self, place: Place, patch: Any) -> Fate:
         where = f"{self.name}: {place.key}"
+        if self.how.drops(self.prefix + place.key.rpartition(".")[0]):
+            return Fate.DROPPED
         if isinstance(patch, tuple) and patch[0] == "set":
             if place.shape and place.slice_shape != place.shape:
                 raise LoraError(f"{where} replaces a slice of a weight, which cannot be merged; leave this LoRA out.")
@@ -148,7 +172,7 @@ class _Reader:
         flat = isinstance(patch, tuple) and patch[1][0].ndim < 2
         if flat or not self.network.can_be_routed(place.key):
             return self._sum(place, adapters.dense(patch, target).cpu())
-        found = adapters.low_rank(patch, target, self.rank)
+        found = adapters.low_rank(patch, target, self.how.rank)
         update = self._fitted(place, found.update, where)
         if not (update.up.any() and update.down.any()):
             return Fate.DORMANT
@@ -206,8 +230,8 @@ def _refuse_what_does_not_fit(
     if loaded.model.updates or loaded.model.patches:
         return
     left = [key for key, fate in fates.items() if fate in LEFT_OUT and not key.startswith(TEXT_ENCODER)]
-    if set(fates.values()) == {Fate.OFF}:
-        raise LoraError(f"{name} changes only what it is given strength 0 for. Leave it out, or give that a strength.")
+    if set(fates.values()) <= {Fate.OFF, Fate.DROPPED}:
+        raise LoraError(f"{name} changes only what is at strength 0 or dropped by the rules for layers. Leave it out.")
     if left or not (loaded.text.updates or loaded.text.patches or set(fates.values()) == {Fate.DORMANT}):
         raise ModelMismatchError(
             f"{name} does not fit this model ({network.name}): none of its {len(left) or len(fates)} tensors "

@@ -20,6 +20,7 @@ class Fate(Enum):
     TEXT = "of the text encoder, summed (connect clip to SSR Collect Stats to route them)"
     REPLACES = "replace a weight"
     OFF = "left out, being at strength 0"
+    DROPPED = "left out as asked"
     DORMANT = "change nothing (alpha 0 or all zero)"
     OVERWRITTEN = "left out, as ComfyUI does: another tensor of the file changes the same weight"
     MISFIT = "left out, as ComfyUI does: of another size than this model's weights"
@@ -28,6 +29,7 @@ class Fate(Enum):
 
 
 LEFT_OUT = (Fate.OVERWRITTEN, Fate.MISFIT, Fate.UNREAD, Fate.UNMATCHED)
+UNUSED = (Fate.DORMANT, Fate.OFF, Fate.DROPPED)
 LOSS = 0.05  # of the energy of all layers that became low-rank: more is told before anything is sampled
 
 
@@ -107,7 +109,7 @@ def fates_of(
         summed_text: whether the text encoder's are only summed.
     """
     if summed_text:
-        of_text = {key: fate if fate in (Fate.DORMANT, Fate.OFF) else Fate.TEXT for key, fate in of_text.items()}
+        of_text = {key: fate if fate in UNUSED else Fate.TEXT for key, fate in of_text.items()}
     taken = {**of_model, **of_text}
     names = {key: owner(key, key_map) for key in tensors}
     # what a tensor changes: which weight or slice of one, and whether it is its bias

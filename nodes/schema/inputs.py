@@ -68,16 +68,21 @@ def strengths(**more: Any) -> io.String.Input:
     )
 
 
-def layers() -> io.String.Input:
+RULES = (
+    "Rules for layers, one per line; later ones overrule earlier ones. keep: routed, as all are without a rule. "
+    "stack: summed, not routed. drop: left out. Then what: all, attention, mlp, modulation, text, image, text_encoder, "
+    "or part of a name, such as drop single_blocks.0-9."
+)
+
+
+def layers(tooltip: str = RULES) -> io.String.Input:
     return io.String.Input(
         "layers",
         default="",
         multiline=True,
         dynamic_prompts=False,
         optional=True,
-        tooltip="Rules for layers, one per line; later ones overrule earlier ones. keep: routed, as all "
-        "are without a rule. stack: summed, not routed. drop: left out. Then what: all, attention, mlp, "
-        "modulation, text, image, text_encoder, or part of a name, such as drop single_blocks.0-9.",
+        tooltip=tooltip,
         **ADVANCED,
     )
 

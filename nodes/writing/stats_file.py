@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...ssr_core import Calibration, Lora, StatisticsError
+from ...ssr_core import Calibration, Lora, StatisticsError, parse_rules
 from ...ssr_core.files.statistics_file import statistics_from, statistics_state
 from ...ssr_core.files.storage import read_metadata, read_safetensors, write_safetensors
 from ...ssr_core.lora.lora import find_order
@@ -55,7 +55,7 @@ def load(path: Path, model: Any, tasks: Sequence[Task], clip: Any = None) -> Sta
     if known["with_clip"] and clip is None:
         raise StatisticsError(f"{path.name} was collected with clip connected; connect it here, too.")
     clip = clip if known["with_clip"] else None
-    loras = read_tasks(tasks, model, clip, collections[0].expand_rank)
+    loras = read_tasks(tasks, model, clip, collections[0].expand_rank, parse_rules(collections[0].layers))
     tensors, header = read_safetensors(path, StatisticsError)
     calibration = _read(tensors, header, [lora.lora for lora in loras], loras, path.name)
     text = None

@@ -33,7 +33,7 @@ def test_the_project_validates_for_the_registry(monkeypatch):
         config = command.validate_node_for_publishing()
     assert "Warning" not in said.getvalue()
     assert config.project.version and config.project.urls.repository and config.tool_comfy.icon
-    assert config.project.supported_comfyui_version == ">=0.3.64" and config.project.dependencies == []
+    assert config.project.supported_comfyui_version == ">=0.30.0" and config.project.dependencies == []
 
 
 def test_the_archive_has_what_users_need_and_nothing_that_writes_or_downloads(archive):

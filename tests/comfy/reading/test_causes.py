@@ -150,6 +150,29 @@ def test_where_most_of_it_misfits_a_lora_is_refused(tiny_flux, pack_module):
         collect(tiny_flux(), task(lora, "odd"))
 
 
+def test_layers_that_are_dropped_when_collecting_are_neither_read_nor_measured(tiny_flux, pack_module):
+    model, core = tiny_flux(), pack_module("ssr_core")
+    odd = flux_lora(width=256, seed=2) | pairs("diffusion_model.", {"txt_in": (128, 32)})
+    good = flux_lora(seed=1) | pairs("diffusion_model.", {"txt_in": (128, 32)})
+    stats = collect(model, task(odd, "odd"), task(good, "good"), steps=2, refine=0, layers="drop all\nkeep txt_in")
+    assert {site.module for site in stats.calibration.subspaces} == {"diffusion_model.txt_in"}
+    assert "left out as asked" in solve(stats)[1]
+    assert stats.collections[0].as_json()["layers"].startswith("drop all")
+    for layers, said in (("drop nowhere", "No layer of these LoRAs matches"), ("stack txt_in", "a rule for SSR Solve")):
+        with pytest.raises(core.SSRError, match=said):
+            collect(model, task(good, "good"), steps=1, layers=layers)
+
+
+def test_statistics_with_dropped_layers_are_read_with_the_same_layers_dropped(tiny_flux, tmp_path, pack_module):
+    model, files = tiny_flux(), pack_module("nodes.writing.stats_file")
+    tasks = [task(flux_lora(seed=seed), name) for seed, name in ((1, "a"), (2, "b"))]
+    stats = collect(model, *tasks, steps=2, layers="drop modulation")
+    files.save(stats, tmp_path / "stats.safetensors", prompts=True)
+    again = files.load(tmp_path / "stats.safetensors", model, tasks)
+    one, other = solve(stats)[0], solve(again)[0]
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 # --- what is told before sampling ---
 
 
