@@ -153,8 +153,8 @@ def ltx2() -> list[Group]:
     base = bases.ltx2()
     rate = Node("PrimitiveFloat", "Frames per second", values={"value": 25})
     sockets = {"frame_rate": rate["FLOAT"], "audio_vae": base.nodes[-1]["Audio VAE"]}
-    sound = Node("LTXVEmptyLatentAudio", "Sound while calibrating", sockets, {"frames_number": 25})
-    heard = Node("LTXVEmptyLatentAudio", "Sound", sockets, {"frames_number": 97})
+    sound = Node("LTXVEmptyLatentAudio", "Sound while calibrating", sockets, {"frames_number": 25}, 106)
+    heard = Node("LTXVEmptyLatentAudio", "Sound", sockets, {"frames_number": 97}, 106)
     small = Node(base.latent, "Calibration size", values={**base.size, "length": 25})
     large = Node(base.latent, "Size of the video", values=base.size)
     joined = [
@@ -234,7 +234,7 @@ def _video(
         {"filename_prefix": f"{name}/merged", "fps": fps, "lossless": False},
         420,
     )
-    played = Node("PreviewAudio", "Sound", {"audio": audio}, height=80)
+    played = Node("PreviewAudio", "Sound", {"audio": audio}, height=88)
     expect = note("What to expect", EXPECT, "Core's Create Video joins video and sound in one file.")
     return [
         Group("1 Models", BLUE, [(330, [note("Start here", *start), *base.nodes])]),

@@ -52,6 +52,17 @@ def test_sharing_ends_with_a_sheet_and_a_small_file(demo_server: ComfyServer, ob
     assert 10_000 < file.stat().st_size < 1_000_000
 
 
+def test_sliders_end_with_a_file_for_each_lora_that_the_rest_of_the_graph_loads(demo_server: ComfyServer, object_info):
+    ui = graph("keep-your-sliders-zimage", object_info)
+    ran = run(demo_server, ui, object_info)
+    assert "add up to the merge" in "".join(shown(ran, ui, "PreviewAny")["text"])
+    files = {file.name for file in (demo_server.base_directory / "output" / "loras").glob("split_*.safetensors")}
+    assert {f"split_{name}_00001_.safetensors" for name in ("mochi_cat", "robo_robot")} <= files
+    for node in ui["nodes"]:
+        node["mode"] = 0
+    assert len(shown(run(demo_server, ui, demo_server.object_info()), ui, "SaveImage")["images"]) == 1
+
+
 def test_what_was_measured_once_is_solved_again_from_its_file_without_measuring(demo_server: ComfyServer, object_info):
     ui = graph("retune-saved-stats-zimage", object_info)
     later = [node for node in ui["nodes"] if node["pos"][0] >= _left(ui, "3") and node["mode"] != BYPASS]
