@@ -44,7 +44,12 @@ def read_with_notes(task: Task) -> tuple[dict[str, Tensor], dict[str, str], tupl
 def _alpha_elsewhere(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[str]:
     """Where PEFT or diffusers keep alpha beside the tensors, which they themselves and `ssr_core.load_lora` read."""
     found = next((key for key in tensors if key.endswith(".lora_A.weight")), None)
-    if found is None or any(key.endswith(".alpha") for key in tensors):
+    if (
+        found is None
+        or any(key.endswith(".alpha") for key in tensors)
+        or not tensors[found].ndim
+        or not len(tensors[found])
+    ):
         return
     module, rank = found.removesuffix(".lora_A.weight"), len(tensors[found])
     config = read_peft_config(file, metadata, module)

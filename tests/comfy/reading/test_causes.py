@@ -207,6 +207,16 @@ def test_an_alpha_that_is_kept_beside_the_tensors_is_told(tiny_flux, tmp_path, p
     assert core.updates and read.account.notes
 
 
+def test_a_factor_without_axes_is_refused_by_name(tiny_flux, tmp_path, pack_module):
+    from safetensors.torch import save_file
+
+    lora = {f"diffusion_model.{LAYER}.lora_{half}.weight": torch.tensor(1.0) for half in "AB"}
+    save_file(lora, tmp_path / "flat.safetensors")
+    given = pack_module("nodes.reading.task").Task("flat", tmp_path / "flat.safetensors", 1.0, conditioning(1))
+    with pytest.raises(pack_module("ssr_core").SSRError, match=r"^flat"):
+        collect(tiny_flux(), given, steps=1)
+
+
 def test_what_needs_the_text_encoder_is_refused_before_anything_is_expanded(tiny_flux, pack_module, monkeypatch):
     adapters = pack_module("nodes.reading.adapters")
     monkeypatch.setattr(adapters, "nearest", lambda *_: pytest.fail("expanded before it was refused"))
