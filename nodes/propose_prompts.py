@@ -39,9 +39,12 @@ class SSRProposePrompts(io.ComfyNode):
                     default=PROMPTS,
                     min=1,
                     max=64,
+                    optional=True,
                     tooltip="Prompts for each LoRA. Four to eight are a good number.",
                 ),
-                inputs.pairs("Prompts for each pair of LoRAs, made of their own. 0 makes none.", default=PAIRS),
+                inputs.pairs(
+                    "Prompts for each pair of LoRAs, made of their own. 0 makes none.", default=PAIRS, optional=True
+                ),
             ],
             outputs=[
                 *(_output(number) for number in range(1, PICKERS + 1)),
@@ -59,7 +62,7 @@ class SSRProposePrompts(io.ComfyNode):
         return [state_of(folder_paths.get_full_path("loras", name), name) for name in names]
 
     @classmethod
-    def execute(cls, count: int, pairs: int, **chosen: Any) -> io.NodeOutput:
+    def execute(cls, count: int = PROMPTS, pairs: int = PAIRS, **chosen: Any) -> io.NodeOutput:
         names = [str(chosen.get(f"lora_{number}") or NONE) for number in range(1, PICKERS + 1)]
         files = {
             number: Path(folder_paths.get_full_path_or_raise("loras", name))

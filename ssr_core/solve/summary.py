@@ -41,7 +41,7 @@ class Summary:
         names, stack, merge = zip(*known, strict=True)
         verb = "keeps" if self.made else "would keep"
         least = " at least" if self.refined else ""
-        said = f"The merge {verb}{least} {_shares(names, merge)}"
+        said = f"In its layers the merge {verb}{least} {_shares(names, merge)}"
         if together := [self.merge[i] for i, case in enumerate(self.cases) if case.is_combination]:
             whole = [error for error in together if not math.isnan(error)]
             said += f", and {_range(whole)} of what they do together" if whole else ""

@@ -35,7 +35,7 @@ def test_it_names_the_loras_and_the_blocks_and_tells_what_to_expect(stats):
 
 def test_it_begins_with_what_a_merge_would_keep_and_what_to_do_next(stats):
     kept, following, empty, table = report(stats)[0].splitlines()[:4]
-    assert kept.startswith("The merge would keep ") and "% of cat and" in kept and "of a style" in kept
+    assert kept.startswith("In its layers the merge would keep ") and "% of cat and" in kept and "of a style" in kept
     assert following.startswith("Next: ") and empty == "" and "before merging" in table
 
 

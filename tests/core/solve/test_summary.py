@@ -20,7 +20,7 @@ def summary(stack=(0.5, 0.3, 0.1), merge=(0.03, 0.1, 0.05), cases=BOTH, **more) 
 def test_two_sentences_say_what_is_kept_and_what_to_do():
     kept, following = str(summary()).splitlines()
     assert kept == (
-        "The merge keeps 97 % of cat and 90 % of sepia, and 95 % of what they do together; "
+        "In its layers the merge keeps 97 % of cat and 90 % of sepia, and 95 % of what they do together; "
         "loaded one after the other, they would keep 50 % and 70 %."
     )
     assert following.startswith("Next: look at it with SSR Compare") and "SSR Save LoRA" in following
@@ -28,7 +28,7 @@ def test_two_sentences_say_what_is_kept_and_what_to_do():
 
 def test_before_a_merge_it_is_what_one_would_keep():
     kept, following = str(summary(made=False)).splitlines()
-    assert kept.startswith("The merge would keep 97 % of cat") and following.startswith(
+    assert kept.startswith("In its layers the merge would keep 97 % of cat") and following.startswith(
         "Next: merge them with SSR Solve"
     )
 
