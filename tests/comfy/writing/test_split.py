@@ -65,13 +65,11 @@ def test_the_files_one_after_the_other_in_load_lora_are_the_merge(model, tasks):
 
 def test_each_file_has_its_own_slider(model, tasks):
     """With core's loaders at these strengths, as the merge solved for them."""
-    stats = collect(model, *tasks, context=0)
+    stats, sliders = collect(model, *tasks, context=0), (0.5, 1.0, 0.01)
     files, _, _ = split(stats)
-    turned = ", ".join(str(a * b) for a, b in zip(STRENGTHS, (0.5, 1.0, 0.0), strict=True))
-    assert (
-        relative(sample(loaded(model, files, (0.5, 1.0, 0.0))), sample(apply(model, solve(stats, strengths=turned)[0])))
-        < 1e-4
-    )
+    turned = ", ".join(str(a * b) for a, b in zip(STRENGTHS, sliders, strict=True))
+    merged = sample(apply(model, solve(stats, strengths=turned)[0]))
+    assert relative(sample(loaded(model, files, sliders)), merged) < 1e-5
 
 
 def test_refined_parts_cut_to_their_loras_rank_are_near_the_merge_and_uncut_they_are_it(model, tasks):
