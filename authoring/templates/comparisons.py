@@ -25,6 +25,7 @@ from .parts import (
     ROBO,
     ROBO_SEPIA,
     SEPIA,
+    TEAL,
     YOURS,
     Joint,
     Lora,
@@ -177,7 +178,9 @@ def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:
         "beside the other. The chart shows how far its error falls.",
     )
     kept = [report(polishing["report"], "Before and after", 300), save(polishing["lora"], f"{name}-polished"), about]
-    return [*groups, Group("6 Polish", AMBER, [(460, [polishing]), (460, kept)], under=groups[-1])]
+    polish = Group("5 Polish", TEAL, [(460, [polishing]), (460, kept)])
+    *others, compare = groups
+    return [*others, polish, replace(compare, title=compare.title.replace("5", "6", 1))]
 
 
 def merge_and_compare(

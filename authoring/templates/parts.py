@@ -10,7 +10,7 @@ from .bases import Base
 from .graph import GAP, TITLE, Node, Source, note, note_height
 
 PICTURE = 362  # height of a shown picture, as that of the nodes that draw it
-BLUE, GREEN, AMBER, PURPLE, GREY = "#3f789e", "#8A8", "#b58b2a", "#a1309b", "#88A"
+BLUE, GREEN, AMBER, PURPLE, GREY, TEAL = "#3f789e", "#8A8", "#b58b2a", "#a1309b", "#88A", "#2a8f85"
 
 YOURS = (
     "Green nodes are yours to fill in. Choose your LoRAs and write, for each, a few different prompts **with its "

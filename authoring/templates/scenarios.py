@@ -18,6 +18,7 @@ from .parts import (
     GREY,
     INKWASH,
     PURPLE,
+    TEAL,
     YOURS,
     Joint,
     Lora,
@@ -130,7 +131,7 @@ def polish_and_save(
         Group("1 Models", BLUE, [(330, [start, *base.nodes])]),
         Group("2 LoRAs and prompts", GREEN, with_note(columns, EXAMPLES)),
         Group("3 Merge", AMBER, [(340, [latent, collecting, solving]), (460, [report(solving["report"])])]),
-        Group("4 Polish", AMBER, [(460, [polishing]), (400, [report(polishing["report"], "Before and after"), about])]),
+        Group("4 Polish", TEAL, [(460, [polishing]), (400, [report(polishing["report"], "Before and after"), about])]),
         use,
     ]
 

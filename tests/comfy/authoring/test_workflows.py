@@ -301,7 +301,8 @@ def test_only_the_comparison_is_ever_switched_off_and_then_all_of_it(comparison)
     *use, stack = sorted(comparison["groups"], key=lambda group: group["title"])
     inside = {n["id"] for n in real_nodes(comparison) if contains(bounds(stack), box(n))}
     off = {node["id"] for node in comparison["nodes"] if node["mode"] == BYPASSED}
-    assert len(use) == 4 and inside
+    polished = any("Polish" in group["title"] for group in use)
+    assert len(use) == 4 + polished and inside
     assert off == (inside if "bypassed" in stack["title"] else set())
     assert {node["mode"] for node in comparison["nodes"]} <= {0, BYPASSED}
 
@@ -310,12 +311,12 @@ def test_the_tiny_demo_runs_as_it_is_and_ends_with_pictures_a_report_and_a_file(
     ui = read(runtime.ROOT / "workflows" / "tiny-demo.json")
     run = demo_server.run(convert_ui_to_api(ui, object_info))
     images = demo_server.images(run.history)
-    assert len(images) == len(of_type(ui, "SaveImage", "PreviewImage")) == 8
+    assert len(images) == len(of_type(ui, "SaveImage", "PreviewImage", "SSRPolish")) == 9
     assert all(image.stat().st_size > 1000 for image in images)
-    (report,) = of_type(ui, "PreviewAny")
-    text = "".join(run.outputs[str(report["id"])]["text"])
-    assert all(Path(name).stem in text for name in LORAS)
-    assert list((demo_server.base_directory / "output" / "loras").glob("tiny-demo*.safetensors"))
+    reports = ["".join(run.outputs[str(one["id"])]["text"]) for one in of_type(ui, "PreviewAny")]
+    assert all(Path(name).stem in report for name in LORAS for report in reports) and len(reports) == 2
+    for name in ("tiny-demo", "tiny-demo-polished"):
+        assert list((demo_server.base_directory / "output" / "loras").glob(f"{name}_*.safetensors"))
 
 
 # --- how they look ---

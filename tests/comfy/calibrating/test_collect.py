@@ -38,7 +38,7 @@ def bypass_sample(model, one_task, steps=4, before=None, **options):
         (one,) = case_prompts.cases_of([one_task], ())
         run = runs.Run(0, one, one.conditioning, how, runs.Kind.MEASURE)
         begun = sampling.begin(model, run, empty_latent(), seen.append, before) if run.unseen else ()
-        sampling.sample(calibrate._prepared(model, [loaded]), run, recording, empty_latent(), seen.append, begun)
+        sampling.sample(calibrate.prepared(model, [loaded]), run, recording, empty_latent(), seen.append, begun)
         assert recording.idle == set()
     # the sampler's last step ends at sigma 0, where the latent is the predicted clean one
     return model.model.process_latent_out(seen[-1])
