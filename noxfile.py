@@ -96,7 +96,7 @@ def speed(session: nox.Session) -> None:
     install(session, python, *group("bench"))
     env = {"COMFYUI_PATH": str(comfyui), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": threads()}
     paper = ["--paper", os.environ["SSR_PAPER"]] if os.environ.get("SSR_PAPER") else []
-    everything = [["collect", *paper], ["memory"], ["solve"], ["use"], ["scale"], ["precision"]]
+    everything = [["collect", *paper], ["memory"], ["polish_memory"], ["solve"], ["use"], ["scale"], ["precision"]]
     everything += [["end_to_end", *paper]] if paper else []
     for script, *arguments in [session.posargs] if session.posargs else everything:
         session.run(python, f"benchmarks/speed/{script}.py", *arguments, env=env, external=True)
