@@ -35,9 +35,12 @@ class Summary:
 
     def _kept(self) -> str:
         """Of each LoRA by itself, and of them together."""
-        known = [(self.names[i], self.stack[i], self.merge[i]) for i in self._singles if not math.isnan(self.merge[i])]
+        seen = [i for i in self._singles if not math.isnan(self.merge[i])]
+        drowned = [i for i in seen if WEAK < self.merge[i] < self.stack[i] / 2]
+        known = [(self.names[i], self.stack[i], self.merge[i]) for i in seen if i not in drowned]
+        unsaid = "".join(f" {self._drowned(i)}" for i in drowned)
         if not known:
-            return "Nothing was measured, so it is not known what the merge keeps."
+            return unsaid.strip() or "Nothing was measured, so it is not known what the merge keeps."
         names, stack, merge = zip(*known, strict=True)
         verb = "keeps" if self.made else "would keep"
         least = " at least" if self.refined else ""
@@ -45,7 +48,15 @@ class Summary:
         if together := [self.merge[i] for i, case in enumerate(self.cases) if case.is_combination]:
             whole = [error for error in together if not math.isnan(error)]
             said += f", and {_range(whole)} of what they do together" if whole else ""
-        return f"{said}; loaded one after the other, they would keep {_shares(names, stack, named=False)}."
+        return f"{said}; loaded one after the other, they would keep {_shares(names, stack, named=False)}.{unsaid}"
+
+    def _drowned(self, task: int) -> str:
+        """Of a quiet LoRA among loud ones: what is left of them in a layer is more than itself, and hardly visible."""
+        name, merge, stack = self.names[task], self.merge[task], self.stack[task]
+        return (
+            f"Of {name} the layers tell little, as the others are louder there than it is (error {merge:.2f}, stacked "
+            f"{stack:.2f}); pictures are mostly nearer."
+        )
 
     def _next(self) -> str:
         """The first thing that is worth doing."""

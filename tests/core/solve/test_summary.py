@@ -26,6 +26,13 @@ def test_two_sentences_say_what_is_kept_and_what_to_do():
     assert following.startswith("Next: look at it with SSR Compare") and "SSR Save LoRA" in following
 
 
+def test_of_a_quiet_lora_among_loud_ones_no_share_is_told():
+    kept = str(summary(stack=(0.7, 5.1, 0.5), merge=(0.1, 1.06, 0.1))).splitlines()[0]
+    assert kept.startswith("In its layers the merge keeps 90 % of cat, and 90 % of what they do together;")
+    assert "Of sepia the layers tell little" in kept and "(error 1.06, stacked 5.10)" in kept
+    assert "% of sepia" not in kept
+
+
 def test_before_a_merge_it_is_what_one_would_keep():
     kept, following = str(summary(made=False)).splitlines()
     assert kept.startswith("In its layers the merge would keep 97 % of cat") and following.startswith(
