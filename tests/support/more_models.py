@@ -5,6 +5,7 @@ those whose LoRAs have one spelling only. Beside the families of `tiny_models`, 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -271,3 +272,14 @@ _FAMILIES = (
     ),
 )
 MORE: dict[str, Family] = {family.name: family for family in _FAMILIES}
+
+# those that run layers in a way of their own; all of them take minutes
+TELLING = (
+    *("Anima", "Cosmos-Predict2", "LTX-2", "LTX-2, video only", "MiniMax H3", "HiDream", "HiDream-O1"),
+    *("Ernie", "JoyImage", "Hunyuan3D 2.1", "Wan Animate"),
+)
+
+
+def chosen() -> tuple[str, ...]:
+    """What tests of every class run by default; all of MORE with SSR_CLASSES=all."""
+    return tuple(MORE) if os.environ.get("SSR_CLASSES") == "all" else TELLING
