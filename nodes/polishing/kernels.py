@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import ModuleType
 
-LIBRARY = "comfy_kitchen"
+import comfy.quant_ops
+
 EAGER = ("rope", "adaln")  # modules of its backend that is written in torch's own functions
 
 
@@ -30,12 +31,13 @@ def with_gradient() -> Iterator[None]:
 
 def _plain() -> tuple[ModuleType | None, dict[str, object]]:
     """The library, and by name what can stand in for its functions; none if this ComfyUI has no such library."""
+    library = getattr(comfy.quant_ops, "ck", None)
+    if library is None:
+        return None, {}
     found: dict[str, object] = {}
-    with suppress(ImportError):
-        library = importlib.import_module(LIBRARY)
-        for part in EAGER:
-            module = importlib.import_module(f"{LIBRARY}.backends.eager.{part}")
-            names = (name for name in vars(module) if not name.startswith("_"))
-            found |= {name: getattr(module, name) for name in names if callable(getattr(library, name, None))}
-        return library, found
-    return None, {}
+    for part in EAGER:
+        module = sys.modules.get(f"{library.__name__}.backends.eager.{part}")
+        plain = {} if module is None else vars(module)
+        names = (name for name in plain if not name.startswith("_"))
+        found |= {name: plain[name] for name in names if callable(getattr(library, name, None))}
+    return library, found

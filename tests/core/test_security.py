@@ -15,6 +15,8 @@ IMPORTED = {
     *("inspect", "itertools", "json", "logging", "math", "os", "pathlib", "re", "sys", "threading", "time", "typing"),
     *(
         "uuid",
+        "copy",
+        "weakref",
         "zipfile",
         "concurrent",
         "comfyui_version",
