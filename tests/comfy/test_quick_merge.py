@@ -185,7 +185,9 @@ def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, f
     norm = "diffusion_model.single_blocks.0.norm.key_norm"
     for number, name in enumerate(("cat", "house")):
         setting = {f"{norm}.set_weight": torch.full((128,), 1.0 + number)}
-        save_file(load_file(files / f"{name}.safetensors") | setting, files / f"set_{name}.safetensors")
+        own = load_file(files / f"{name}.safetensors")
+        save_file(own | setting, files / f"set_{name}.safetensors")
+        save_file(own, files / f"plain_{name}.safetensors")  # other tests have files of the short names
     inputs = chosen("set_cat.safetensors", "set_house.safetensors")
     lost = pytest.raises(pack_module("ssr_core").SSRError, match=r"replace .* SSR Load Stats lists it as kept_\d+_")
     with lost as raised:
@@ -198,7 +200,7 @@ def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, f
     stats = execute(node("load_stats.SSRLoadStats"), file=name, model=model, tasks=tasks, clip=clip)[0]
     settings = {"ridge": 0.01, "rank": 0, "routing": 1.0, "strengths": "", "layers": "drop key_norm"}
     lora, _ = execute(node("solve.SSRSolve"), stats=stats, **settings)
-    wanted = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))[2]
+    wanted = quick(model, clip, **chosen("plain_cat.safetensors", "plain_house.safetensors"))[2]
     assert lora.keys() == wanted.keys()
 
 

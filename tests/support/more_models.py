@@ -274,10 +274,7 @@ _FAMILIES = (
 MORE: dict[str, Family] = {family.name: family for family in _FAMILIES}
 
 # those that run layers in a way of their own; all of them take minutes
-TELLING = (
-    *("Anima", "Cosmos-Predict2", "LTX-2", "LTX-2, video only", "MiniMax H3", "HiDream", "HiDream-O1"),
-    *("Ernie", "JoyImage", "Hunyuan3D 2.1", "Wan Animate"),
-)
+TELLING = ("Anima", "LTX-2", "MiniMax H3", "HiDream", "Hunyuan3D 2.1")
 
 
 def chosen() -> tuple[str, ...]:

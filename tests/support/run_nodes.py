@@ -32,11 +32,9 @@ def collect(
     model: Any, *tasks: Any, steps: int = 4, batch: int = 1, seed: int = 0, context: int = 16, **more: Any
 ) -> Any:
     """SSR_STATS, without refinement unless `more` asks for it."""
-    return execute(
-        node("collect_stats.SSRCollectStats"),
-        **{"model": model, "tasks": tasks, "seed": seed, "steps": steps, "sampler_name": "euler"},
-        **{"scheduler": "simple", "context": context, "refine": 0, "latent": empty_latent(batch=batch), **more},
-    )[0]
+    given = {"model": model, "tasks": tasks, "seed": seed, "steps": steps, "context": context, "refine": 0}
+    sampling = {"sampler_name": "euler", "scheduler": "simple", "latent": empty_latent(batch=batch)}
+    return execute(node("collect_stats.SSRCollectStats"), **{**given, **sampling, **more})[0]
 
 
 def solve(

