@@ -174,8 +174,7 @@ def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:
     polishing = Node("SSRPolish", None, inputs, values, 560, "merge", room=56)
     about = note(
         "Polishing",
-        "**SSR Polish** trains the merge for a minute, with the LoRAs as its teachers. The file is no larger, and lies "
-        "beside the other. The chart shows how far its error falls.",
+        "**SSR Polish** trains the merge for a minute, with the LoRAs as its teachers. The file is no larger.",
     )
     kept = [report(polishing["report"], "Before and after", 300), save(polishing["lora"], f"{name}-polished"), about]
     polish = Group("5 Polish", TEAL, [(460, [polishing]), (460, kept)])
