@@ -174,8 +174,9 @@ def _with_polish(groups: list[Group], name: str, **values: Any) -> list[Group]:
     polishing = Node("SSRPolish", None, inputs, values, 560, "merge", room=56)
     about = note(
         "Polishing",
-        "**SSR Polish** trains the merge for a minute, with the LoRAs as its teachers, and saves it beside the other. The "
-        "file is no larger than before. The chart shows how far its error falls, for each LoRA and for two at once.",
+        "**SSR Polish** trains the merge for a minute, with the LoRAs as its teachers, and saves it beside the other. "
+        "The file is no larger than before. "
+        "The chart shows how far its error falls, for each LoRA and for two at once.",
     )
     kept = [report(polishing["report"], "Before and after", 300), save(polishing["lora"], f"{name}-polished"), about]
     polish = Group("5 Polish", TEAL, [(460, [polishing]), (460, kept)])
