@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,19 +26,10 @@ MISSING = "The chart needs matplotlib. Install it in ComfyUI's Python: pip insta
 
 def chart(conflict: Conflict) -> Tensor:
     """An IMAGE, (1, height, width, 3) in 0..1; without matplotlib a notice that says how to get it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logging.warning(MISSING)
-        return image_of(notice(MISSING))
     rows = len(conflict.cases)
     first, top, bottom = 0.9 + 0.62 * rows, 1.2 + 2 * (0.55 + 0.4 * rows), max(3.3, 1.5 + 0.42 * rows)  # inches
-    with style():
-        figure: Any = Figure(
-            figsize=(WIDTH / DPI, first + top + bottom), dpi=DPI, facecolor=PAPER, layout="constrained"
-        )
-        canvas = FigureCanvasAgg(figure)
+
+    def draw(figure: Any) -> None:
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, hspace=0.04, wspace=0.04)
         kept, upper, lower = figure.subfigures(3, 1, height_ratios=[first, top, bottom])
         _kept(kept.subplots(), conflict)
@@ -47,12 +38,28 @@ def chart(conflict: Conflict) -> Tensor:
         _cross_talk(stacked, conflict, "plain", "Cross-talk: stacked")
         _cross_talk(routed, conflict, "routed", "Cross-talk: routed", named=False)
         _ranks(ranks, conflict)
+
+    return drawn(first + top + bottom, draw)
+
+
+def drawn(height: float, draw: Callable[[Any], None]) -> Tensor:
+    """An IMAGE of what `draw` puts on a matplotlib figure, `height` inches high; without matplotlib a notice."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logging.warning(MISSING)
+        return image_of(_notice(MISSING))
+    with _style():
+        figure: Any = Figure(figsize=(WIDTH / DPI, height), dpi=DPI, facecolor=PAPER, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        draw(figure)
         canvas.draw()
         pixels = numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
     return image_of(Image.fromarray(pixels))
 
 
-def style() -> Any:
+def _style() -> Any:
     """Of everything drawn inside; nothing of matplotlib's own settings is changed for others."""
     from matplotlib import font_manager, rc_context
 
@@ -204,7 +211,7 @@ def short(name: str, most: int) -> str:
     return f"{name[:head]}…{name[-(most - 1 - head) :]}"
 
 
-def notice(text: str) -> Image.Image:
+def _notice(text: str) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, WIDTH // 4), PAPER)
     ImageDraw.Draw(sheet).multiline_text(
         (40, WIDTH // 8), textwrap.fill(text, 58), INK, ImageFont.load_default(28), anchor="lm", spacing=12

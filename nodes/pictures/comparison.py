@@ -13,8 +13,7 @@ from ..calibrating.progress import show_steps
 from ..reading.task import Task
 from .candidates import Candidate, candidates, names, together
 from .rendering import Rendering, Scene, render
-
-Place = tuple[int, int]  # row, column
+from .sheet import Place
 
 
 @dataclass(frozen=True, eq=False)

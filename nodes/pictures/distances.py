@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, cat
 
 from .rendering import Scene
+from .sheet import Place
 
-Place = tuple[int, int]  # row, column
 SAID = (
     "Distance of the finished latent from that with the LoRAs that a prompt asks for, loaded one after the other. "
     "0 = the same, 1 = as far as the base model."

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
-from PIL import Image
 from torch import Tensor
 
 from ...ssr_core import Evaluation
-from .charts import ACCENT, DPI, MISSING, PAPER, WIDTH, notice, short, style
-from .picture import image_of
+from .charts import ACCENT, drawn, short
 
-GREYS = ["#8a8f98", "#e88a4a", "#b3293a", "#5b7fb8", "#a98ac4", "#c9a227", "#4f1230", "#7c9a5e"]
+HEIGHT = 4.6  # inches
+LINES = ["#8a8f98", "#e88a4a", "#b3293a", "#5b7fb8", "#a98ac4", "#c9a227", "#4f1230", "#7c9a5e"]
 
 
 def learning_curve(history: Sequence[Evaluation], labels: Sequence[str]) -> Tensor:
@@ -23,20 +20,13 @@ def learning_curve(history: Sequence[Evaluation], labels: Sequence[str]) -> Tens
     Args:
         labels: (C,) of the cases.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logging.warning(MISSING)
-        return image_of(notice(MISSING))
-    with style():
-        figure: Any = Figure(figsize=(WIDTH / DPI, 4.6), dpi=DPI, facecolor=PAPER, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+
+    def draw(figure: Any) -> None:
         axis = figure.subplots()
         steps = [one.step for one in history]
         for number, label in enumerate(labels):
             values = [one.cases[number] for one in history]
-            axis.plot(steps, values, color=GREYS[number % len(GREYS)], linewidth=1.5, label=short(label, 28))
+            axis.plot(steps, values, color=LINES[number % len(LINES)], linewidth=1.5, label=short(label, 28))
         axis.plot(steps, [one.error for one in history], color=ACCENT, linewidth=3, label="all")
         axis.set_ylim(bottom=0)
         axis.set_xlim(0, max(steps[-1], 1))
@@ -47,6 +37,5 @@ def learning_curve(history: Sequence[Evaluation], labels: Sequence[str]) -> Tens
         axis.set_title("Error on held-out points: 0 = the LoRAs asked for, 1 = none")
         axis.set_xlabel("step")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        canvas.draw()
-        pixels = numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return image_of(Image.fromarray(pixels))
+
+    return drawn(HEIGHT, draw)

@@ -10,7 +10,7 @@ import comfy.model_management as management
 import torch
 
 from ...ssr_core import DistillationRequirement, LowRankUpdate, Point, Site, SSRError, footprint, memory_of
-from ..calibrating.memory import size
+from ..calibrating.memory import free_host, size
 from .points import Lesson
 from .training import in_training
 
@@ -19,7 +19,7 @@ SHARE = 0.25  # of the free host memory that points may take
 
 def room_for_points() -> float:
     """Bytes."""
-    return SHARE * float(management.get_free_memory(torch.device("cpu")))
+    return SHARE * free_host()
 
 
 def needed(

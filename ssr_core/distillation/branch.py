@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,26 +10,28 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..lora.lora import Lora
-from ..lora.site import Site, canonical
-from ..measure.finding import find_layer
+from ..lora.site import Site
+from ..measure.finding import find_layers
 from ..measure.layer import Layer
-from .factors import Fixed, Place
+from ..measure.placed import Place
+from .factors import Fixed
+from .hooks import Hooks
 
 
 class Factors(Protocol):
     def placed(self, where: Place) -> tuple[Tensor, Tensor]: ...
 
 
-class Branch:
+class Branch(Hooks):
     """Adds to the output of each layer what updates make of its input."""
 
     def __init__(self, factors: Mapping[Site, Factors] | Sequence[tuple[Site, Factors]]) -> None:
         """`factors` by site; in pairs where several updates write to the same rows."""
+        super().__init__()
         pairs = factors.items() if isinstance(factors, Mapping) else factors
         self._by_module: dict[str, list[tuple[Site, Factors]]] = {}
         for site, one in pairs:
             self._by_module.setdefault(site.module, []).append((site, one))
-        self._handles: list[RemovableHandle] = []
 
     @classmethod
     def of(cls, loras: Iterable[Lora], modules: Collection[str] | None = None) -> Branch:
@@ -44,32 +45,11 @@ class Branch:
             ]
         )
 
-    def attach(self, model: nn.Module) -> None:
-        """Put the hooks on.
-
-        Raises:
-            ModelMismatchError: the model lacks a layer.
-        """
-        self.detach()
-        modules = dict(model.named_modules())
-        known = {canonical(name): name for name in modules}
-        layers = {name: find_layer(modules, known, name, model) for name in self._by_module}
+    def _put(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        layers = find_layers(model, self._by_module)  # raises before any hook is on
         for name, pairs in self._by_module.items():
             hook = _hook(layers[name], pairs)
-            self._handles.append(layers[name].module.register_forward_hook(hook, with_kwargs=True))
-
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the hooks are on."""
-        self.attach(model)
-        try:
-            yield
-        finally:
-            self.detach()
-
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+            yield layers[name].module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _hook(layer: Layer, pairs: Sequence[tuple[Site, Factors]]) -> Callable[..., Tensor]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lora.low_rank_update import LowRankUpdate
-
-Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
+from ..measure.placed import Place
 
 
 class Fixed:

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
+from ..measure.placed import Place
 from .branch import Branch
-from .factors import Place
 from .frozen import blocks_of, frozen
 from .point import Point
 from .structure import Structure, tensors_in

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .hooks import Hooks
 from .structure import replaced, tensors_in
 
 
@@ -38,35 +38,21 @@ def memory_of(points: Iterable[Point]) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in every}.values())
 
 
-class PointRecorder:
+class PointRecorder(Hooks):
     """Keeps the calls of a model, as points of one case."""
 
     def __init__(self, case: int) -> None:
+        super().__init__()
         self.case = case
         self.points: list[Point] = []
-        self._handles: list[RemovableHandle] = []
         self._call: tuple[Any, Any] = ((), {})  # the one that is being answered
         self._kept: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # prompts are the same in all steps
 
-    def attach(self, network: nn.Module) -> None:
-        self.detach()
-        self._handles = [
+    def _put(self, network: nn.Module) -> Iterable[RemovableHandle]:
+        return [
             network.register_forward_pre_hook(self._before, with_kwargs=True),  # a model may write into its inputs
             network.register_forward_hook(self._after),
         ]
-
-    @contextmanager
-    def attached(self, network: nn.Module) -> Iterator[None]:
-        """Inside, calls are kept."""
-        self.attach(network)
-        try:
-            yield
-        finally:
-            self.detach()
-
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = replaced(args, Tensor, self._on_host), replaced(kwargs, Tensor, self._on_host)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -11,8 +11,18 @@ from ..lora.site import canonical
 from .layer import Layer
 
 
-def find_layer(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
-    """The layer that LoRAs call `name`, in dots or in kohya's underscores."""
+def find_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
+    """The layers of `model` that LoRAs call by these names, in dots or in kohya's underscores.
+
+    Raises:
+        ModelMismatchError: there is none of a name, or none that can be merged.
+    """
+    modules = dict(model.named_modules())
+    known = {canonical(name): name for name in modules}
+    return {name: _find(modules, known, name, model) for name in names}
+
+
+def _find(modules: Mapping[str, nn.Module], known: Mapping[str, str], name: str, model: nn.Module) -> Layer:
     found = name if name in modules else known.get(canonical(name), "")
     if not found or getattr(modules[found], "weight", None) is None:
         raise ModelMismatchError(

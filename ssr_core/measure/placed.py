@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
+
 
 @dataclass(frozen=True, eq=False)
 class Placed:
@@ -25,7 +27,7 @@ class PlacedUp:
     scale: float
 
     @classmethod
-    def of(cls, up: Tensor, where: tuple[torch.device, torch.dtype], strength: float = 1.0) -> PlacedUp:
+    def of(cls, up: Tensor, where: Place, strength: float = 1.0) -> PlacedUp:
         device, dtype = where
         if dtype != torch.float16:
             return cls(sent(up.to(dtype), device), strength)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..lora.site import Site, canonical
+from ..lora.site import Site
 from ..lora.subspace import Subspace
 from ..statistics.sufficient_statistics import SufficientStatistics
 from .accumulator import Accumulator
-from .finding import find_layer
+from .finding import find_layers
 from .layer import Layer, add_product, compute_dtype, fits
-from .placed import PlacedUp
-from .tap import Joint, Place, Tap, taps_of
+from .placed import Place, PlacedUp
+from .tap import Joint, Tap, taps_of
 from .token_choice import Choice
 
 SURVEYED = 1024  # tokens of each layer and forward pass that a survey looks at
@@ -71,9 +71,7 @@ class Recording:
         if self._attached is model:
             return
         self.detach()
-        modules = dict(model.named_modules())
-        known = {canonical(name): name for name in modules}
-        layers = {tap.module: find_layer(modules, known, tap.module, model) for tap in self._taps}
+        layers = find_layers(model, (tap.module for tap in self._taps))
         for tap in self._taps:
             tap.check(layers[tap.module])
         self._attached = model

@@ -18,9 +18,9 @@ from ..lora.subspace import Subspace
 from ..statistics.correction import NOT_RUN, Correction
 from .accumulator import zeros
 from .layer import Layer, add_product
-from .placed import Placed, PlacedUp
+from .placed import Place, Placed, PlacedUp
 from .recording import Recording
-from .tap import Place, Tap
+from .tap import Tap
 
 Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
 

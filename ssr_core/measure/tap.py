@@ -14,10 +14,8 @@ from ..lora.site import Site
 from ..lora.subspace import Subspace
 from .accumulator import Accumulator
 from .layer import Layer
-from .placed import Placed, PlacedUp, sent
+from .placed import Place, Placed, PlacedUp, sent
 from .sketch import Sketch
-
-Place = tuple[torch.device, torch.dtype]  # where a layer computes, and in which precision
 
 
 class Update(NamedTuple):
