@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_nodes import execute, node, relative
+from run_nodes import execute, lora_folder, node, relative
 from tiny_clip import tiny_clip
-from tiny_flux import empty_latent, flux_lora, flux_state_dict
+from tiny_flux import empty_latent, flux_for_tiny_clip, flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
@@ -17,27 +17,20 @@ PROMPTS = ("a cat\na cat at night", "\na house\n\na house in the snow ")
 
 @pytest.fixture(scope="module")
 def files(pack, tmp_path_factory):
-    import folder_paths
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("loras")
-    folder_paths.add_model_folder_path("loras", str(folder))
     key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     pair = {f"{key}.lora_up.weight": torch.randn(128, 2), f"{key}.lora_down.weight": torch.randn(2, 64)}
     for seed, name in enumerate(("cat", "house", "third"), 1):
         save_file(flux_lora("kohya", rank=2 + seed, seed=seed) | pair, folder / f"{name}.safetensors")
-    folder_paths.filename_list_cache.pop("loras", None)
-    yield folder
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))  # other tests have files of the same names
-    folder_paths.filename_list_cache.pop("loras", None)
+    with lora_folder(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def model(pack):
-    weights = flux_state_dict()
-    for name in ("txt_in", "vector_in.in_layer"):
-        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
-    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(weights)
+    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(flux_for_tiny_clip())
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +178,7 @@ def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, f
     norm = "diffusion_model.single_blocks.0.norm.key_norm"
     for number, name in enumerate(("cat", "house")):
         setting = {f"{norm}.set_weight": torch.full((128,), 1.0 + number)}
-        own = load_file(files / f"{name}.safetensors")
-        save_file(own | setting, files / f"set_{name}.safetensors")
-        save_file(own, files / f"plain_{name}.safetensors")  # other tests have files of the short names
+        save_file(load_file(files / f"{name}.safetensors") | setting, files / f"set_{name}.safetensors")
     inputs = chosen("set_cat.safetensors", "set_house.safetensors")
     lost = pytest.raises(pack_module("ssr_core").SSRError, match=r"replace .* SSR Load Stats lists it as kept_\d+_")
     with lost as raised:
@@ -200,7 +191,7 @@ def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, f
     stats = execute(node("load_stats.SSRLoadStats"), file=name, model=model, tasks=tasks, clip=clip)[0]
     settings = {"ridge": 0.01, "rank": 0, "routing": 1.0, "strengths": "", "layers": "drop key_norm"}
     lora, _ = execute(node("solve.SSRSolve"), stats=stats, **settings)
-    wanted = quick(model, clip, **chosen("plain_cat.safetensors", "plain_house.safetensors"))[2]
+    wanted = quick(model, clip, **chosen("cat.safetensors", "house.safetensors"))[2]
     assert lora.keys() == wanted.keys()
 
 

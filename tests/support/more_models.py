@@ -5,7 +5,6 @@ those whose LoRAs have one spelling only. Beside the families of `tiny_models`, 
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -273,10 +272,5 @@ _FAMILIES = (
 )
 MORE: dict[str, Family] = {family.name: family for family in _FAMILIES}
 
-# those that run layers in a way of their own; all of them take minutes
+# those that run layers in a way of their own
 TELLING = ("Anima", "LTX-2", "MiniMax H3", "HiDream", "Hunyuan3D 2.1")
-
-
-def chosen() -> tuple[str, ...]:
-    """What tests of every class run by default; all of MORE with SSR_CLASSES=all."""
-    return tuple(MORE) if os.environ.get("SSR_CLASSES") == "all" else TELLING

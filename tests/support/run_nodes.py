@@ -1,6 +1,9 @@
 """Calls this pack's nodes in this process the way ComfyUI's executor does, and samples with stock code."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,19 @@ def execute(node: type, **inputs: Any) -> tuple[Any, ...]:
     """The outputs of a V3 node."""
     with torch.inference_mode():  # as ComfyUI executes
         return node.PREPARE_CLASS_CLONE(None).execute(**inputs).args  # type: ignore[attr-defined]
+
+
+@contextmanager
+def lora_folder(folder: Path) -> Iterator[Path]:
+    """Inside, LoRA files of this folder are found by their names; after it they are not, as others have the same."""
+    folder_paths = importlib.import_module("folder_paths")
+    folder_paths.add_model_folder_path("loras", str(folder))
+    folder_paths.filename_list_cache.pop("loras", None)
+    try:
+        yield folder
+    finally:
+        folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
+        folder_paths.filename_list_cache.pop("loras", None)
 
 
 def node(name: str) -> type:

@@ -37,6 +37,14 @@ def flux_state_dict(
     return weights
 
 
+def flux_for_tiny_clip() -> StateDict:
+    """`flux_state_dict()`, as wide where texts come in as the tiny text encoder's outputs."""
+    weights = flux_state_dict()
+    for name in ("txt_in", "vector_in.in_layer"):
+        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
+    return weights
+
+
 def flux_linears(
     width: int = 128, double_blocks: int = 1, single_blocks: int = 2, guidance: bool = False
 ) -> dict[str, tuple[int, int]]:

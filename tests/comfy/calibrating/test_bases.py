@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from base_kinds import SPEED, carrying_a_lora, computed_in, gguf, kept_in, offloaded, plain, quantized
 from torch import Tensor
 
 import bases
@@ -25,41 +26,9 @@ pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
 STEPS = 3  # as many as refinement needs
 LORAS = (flux_lora("kohya", rank=4, alpha=2.0, seed=1), flux_lora("diffusers", rank=3, seed=2))
-SPEED = flux_lora("generic", rank=2, seed=9)  # one that is on the base already
 
 
 # --- the bases ---
-
-
-def plain() -> Any:
-    return bases.load(flux_state_dict())
-
-
-def kept_in(dtype: torch.dtype) -> Base:
-    """Narrow weights that are cast to float32 when a layer runs."""
-    return bases.of(bases.load(flux_state_dict(), dtype=dtype))
-
-
-def computed_in(dtype: torch.dtype, **device: bool) -> Base:
-    with bases.a_device_that(**device):
-        model = bases.load({name: weight.to(dtype) for name, weight in flux_state_dict().items()}, dtype=dtype)
-    return bases.of(model)
-
-
-def quantized(form: str, **device: bool) -> Base:
-    with bases.a_device_that(**device):
-        model = bases.load(bases.QUANTIZED[form]())
-    return bases.of(model)
-
-
-def offloaded(base: Base, stack: ExitStack) -> Base:
-    stack.enter_context(bases.room_for(base.model, 0.5))
-    return base
-
-
-def carrying_a_lora(base: Base) -> Base:
-    """Where ComfyUI adds it to a weight without rounding."""
-    return Base(*(load_lora(model, SPEED, 0.7) for model in (base.model, base.exact)))
 
 
 def rounded_with_a_lora(base: Base) -> Base:
@@ -68,10 +37,6 @@ def rounded_with_a_lora(base: Base) -> Base:
         model = load_lora(base.model, SPEED, 0.7)
     sample(model, steps=1)
     return bases.of(model)
-
-
-def gguf(kind: str) -> Base:
-    return bases.of(bases.load_gguf(kind))
 
 
 def compiled() -> Base:

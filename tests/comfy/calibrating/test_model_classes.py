@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from more_models import MORE, chosen
+from extent import chosen
+from more_models import MORE, TELLING
 
-from run_nodes import apply, execute, hooks, load_lora, node, relative, solve
+from run_nodes import apply, execute, hooks, load_lora, lora_folder, node, relative, solve
 from tiny_clip import tiny_clip
 from tiny_models import FAMILIES, GENERIC, Family, loras
 
@@ -22,7 +23,7 @@ ALL = {**FAMILIES, **MORE}
 STEPS = 4
 NAMES = ("cat", "house")
 
-each_further = pytest.mark.parametrize("name", chosen())  # those of the families are in test_families
+each_further = pytest.mark.parametrize("name", chosen(MORE, TELLING))  # those of the families are in test_families
 
 
 @functools.cache
@@ -45,13 +46,8 @@ def models():
 
 @pytest.fixture(scope="module")
 def files(pack, tmp_path_factory):
-    import folder_paths
-
-    folder = tmp_path_factory.mktemp("loras")
-    folder_paths.add_model_folder_path("loras", str(folder))
-    yield folder
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
-    folder_paths.filename_list_cache.pop("loras", None)
+    with lora_folder(tmp_path_factory.mktemp("loras")) as folder:
+        yield folder
 
 
 def reader_for(family: Family) -> Any:

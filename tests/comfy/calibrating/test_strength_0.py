@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
-from run_nodes import collect, execute, node, solve, task
+from run_nodes import collect, execute, lora_folder, node, solve, task
 from tiny_clip import tiny_clip
-from tiny_flux import empty_latent, flux_lora, flux_state_dict
+from tiny_flux import empty_latent, flux_for_tiny_clip, flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
@@ -87,26 +87,19 @@ def test_all_at_0_is_an_error_before_anything_is_sampled_and_in_ssr_solve(tiny_f
 
 @pytest.fixture(scope="module")
 def files(pack, tmp_path_factory):
-    import folder_paths
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("loras")
-    folder_paths.add_model_folder_path("loras", str(folder))
     for seed, name in enumerate(("l1", "l2"), 1):
         save_file(flux_lora("kohya", seed=seed), folder / f"bare_{name}.safetensors")
         save_file(flux_lora("kohya", seed=seed) | text_pair(seed), folder / f"{name}.safetensors")
-    folder_paths.filename_list_cache.pop("loras", None)
-    yield folder
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(folder))
-    folder_paths.filename_list_cache.pop("loras", None)
+    with lora_folder(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def model(pack):
-    weights = flux_state_dict()
-    for name in ("txt_in", "vector_in.in_layer"):
-        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
-    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(weights)
+    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(flux_for_tiny_clip())
 
 
 @pytest.fixture(scope="module")

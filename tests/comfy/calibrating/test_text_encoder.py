@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
-from run_nodes import collect, execute, node, relative, solve
+from run_nodes import collect, execute, lora_folder, node, relative, solve
 from tiny_clip import tiny_clip
-from tiny_flux import flux_lora, flux_state_dict
+from tiny_flux import flux_for_tiny_clip, flux_lora
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
@@ -70,11 +70,7 @@ def tasks_of(clip, loras, clip_strengths=(None, None)):
 @pytest.fixture
 def model(tiny_flux):
     """With text inputs as wide as the tiny CLIP's outputs."""
-    sd = importlib.import_module("comfy.sd")
-    weights = flux_state_dict()
-    for name in ("txt_in", "vector_in.in_layer"):
-        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
-    return sd.load_diffusion_model_state_dict(weights)
+    return importlib.import_module("comfy.sd").load_diffusion_model_state_dict(flux_for_tiny_clip())
 
 
 def apply_to(clip, model, lora):
@@ -211,15 +207,13 @@ def add_stack(clip, stack, text, tasks=()):
 
 @pytest.fixture
 def files(pack, tmp_path):
-    import folder_paths
     from safetensors.torch import save_file
 
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
     (tmp_path / "people").mkdir()
     for name, lora in zip(("people/cat", "house"), with_model("kohya", "generic"), strict=True):
         save_file({key: value.contiguous() for key, value in lora.items()}, tmp_path / f"{name}.safetensors")
-    folder_paths.filename_list_cache.pop("loras", None)
-    return tmp_path
+    with lora_folder(tmp_path):
+        yield tmp_path
 
 
 STACK = [("people\\cat.safetensors", 0.8, 0.3), ("house.safetensors", 1.2, 1.0), ("None", 1.0, 1.0)]

@@ -27,10 +27,7 @@ class Pixels:
 def made(pack):
     """(model, clip, tasks, merged LoRA)"""
     sd, tiny = importlib.import_module("comfy.sd"), importlib.import_module("tiny_flux")
-    weights = tiny.flux_state_dict()
-    for name in ("txt_in", "vector_in.in_layer"):  # as wide as the tiny CLIP's outputs
-        weights[f"{name}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(9)) / 8
-    model, clip = sd.load_diffusion_model_state_dict(weights), tiny_clip(torch.float32)
+    model, clip = sd.load_diffusion_model_state_dict(tiny.flux_for_tiny_clip()), tiny_clip(torch.float32)
     prompts = node("prompts.SSRPrompts")
     tasks = tuple(
         importlib.import_module("ssr_pack.nodes.reading.task").Task(

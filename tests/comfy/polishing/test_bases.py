@@ -5,7 +5,6 @@ The oracle is `Base.exact`: the same model with its weights de-quantized to floa
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,54 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from base_kinds import carrying_a_lora, computed_in, gguf, kept_in, offloaded, plain, quantized
+from extent import chosen
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import bases
 from bases import Base
-from run_nodes import collect, execute, hooks, load_lora, node, relative, sample, solve, task
+from run_nodes import collect, execute, hooks, node, relative, sample, solve, task
 from tiny_flux import conditioning, flux_lora, flux_state_dict
 
 pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("pack")]
 
 LORAS = tuple(flux_lora("kohya", rank=2, seed=seed) for seed in (1, 2))
-SPEED = flux_lora("generic", rank=2, seed=9)  # one that is on the base already
 
 Make = Callable[[ExitStack], Base]
-
-
-def plain() -> Any:
-    return bases.load(flux_state_dict())
-
-
-def kept_in(dtype: torch.dtype) -> Base:
-    """Narrow weights that are cast to float32 when a layer runs."""
-    return bases.of(bases.load(flux_state_dict(), dtype=dtype))
-
-
-def computed_in(dtype: torch.dtype, **device: bool) -> Base:
-    with bases.a_device_that(**device):
-        model = bases.load({key: one.to(dtype) for key, one in flux_state_dict().items()}, dtype=dtype)
-    return bases.of(model)
-
-
-def quantized(form: str, **device: bool) -> Base:
-    with bases.a_device_that(**device):
-        model = bases.load(bases.QUANTIZED[form]())
-    return bases.of(model)
-
-
-def offloaded(base: Base, stack: ExitStack) -> Base:
-    stack.enter_context(bases.room_for(base.model, 0.5))
-    return base
-
-
-def carrying_a_lora(base: Base) -> Base:
-    return Base(*(load_lora(model, SPEED, 0.7) for model in (base.model, base.exact)))
-
-
-def gguf(kind: str) -> Base:
-    return bases.of(bases.load_gguf(kind))
 
 
 def patched(model: Any) -> Any:
@@ -99,10 +65,9 @@ BASES: dict[str, tuple[float, Make]] = {
 
 
 TELLING = ("nvfp4", "gguf Q4_0, carrying a lora", "partly offloaded", "fp16")
-CHOSEN = tuple(BASES) if os.environ.get("SSR_CLASSES") == "all" else TELLING
 
 
-@pytest.fixture(scope="module", params=CHOSEN)
+@pytest.fixture(scope="module", params=chosen(BASES, TELLING))
 def case(request, pack) -> Iterator[tuple[float, Base]]:
     limit, make = BASES[request.param]
     with ExitStack() as stack:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from more_models import MORE, chosen
+from extent import chosen
+from more_models import MORE, TELLING
 
 from run_nodes import collect, execute, hooks, node, relative, solve, task
 from tiny_models import GENERIC, loras
@@ -16,7 +17,7 @@ def polish(model, stats, lora, **given):
     return execute(node("polish.SSRPolish"), model=model, stats=stats, lora=lora, seed=0, **given)
 
 
-@pytest.mark.parametrize("name", chosen())  # those of the families are in test_polish
+@pytest.mark.parametrize("name", chosen(MORE, TELLING))  # those of the families are in test_polish
 def test_every_class(name, monkeypatch):
     import ssr_pack.nodes.polishing.points as points
     import ssr_pack.ssr_core.distillation.frozen as frozen

@@ -2,11 +2,11 @@
 
 import importlib
 import json
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+from extent import chosen
 
 from run_nodes import apply, collect, execute, hooks, load_lora, node, relative, sample, solve, task
 from tiny_flux import conditioning, flux_lora, flux_state_dict
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same(model, stats, merged, polished):
     assert any(not torch.equal(other[key], again[key]) for key in again)
 
 
-@pytest.mark.parametrize("family", tuple(FAMILIES) if os.environ.get("SSR_CLASSES") == "all" else TELLING)
+@pytest.mark.parametrize("family", chosen(FAMILIES, TELLING))
 def test_every_family(family, monkeypatch):
     """The error does not rise, and computing blocks again gives what keeping all of them gives."""
     frozen, points = (
