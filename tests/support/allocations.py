@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,12 @@ class Allocations(TorchDispatchMode):
 
 
 def allocations(run: Callable[[], Any]) -> Allocations:
-    with Allocations() as seen:
-        run()
+    """Of what runs on one core: a mode of dispatch sees the thread that set it, none that share its work."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Allocations() as seen:
+            run()
+    finally:
+        torch.set_num_threads(cores)
     return seen
