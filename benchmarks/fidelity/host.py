@@ -81,12 +81,15 @@ def polish(
     """
     runs = [(run, LATENT) for run in _runs(tasks, steps, asked, pairs)]
     modules = {site.module for site in starts[0][0]}
-    lesson = nodes.points.record(patcher, loaded, modules, runs, lambda x0: None, lambda number, total: None)
+    ignore = lambda *_: None  # noqa: E731
     for updates, amounts in starts:
         for amount in amounts:
+            settings = ssr_core.DistillationSettings(amount)
+            wanted = settings.steps * settings.batch
+            lesson = nodes.points.record(patcher, loaded, modules, runs, ignore, ignore, wanted)
             yield ssr_core.distil(
                 *(patcher.model, patcher.model.diffusion_model, updates, lesson.points, lesson.held_out),
-                *(patcher.load_device, lesson.cases, ssr_core.DistillationSettings(amount)),
+                *(patcher.load_device, lesson.cases, settings),
             ).updates
 
 

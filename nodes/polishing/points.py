@@ -15,6 +15,7 @@ from ..reading.loaded_lora import LoadedLora
 
 LEARNT, JUDGED = 1000, 2000  # added to the calibration's seed: the same prompts from other noise are further points
 FEWEST = 32  # points of each case to learn from, however briefly it was measured
+MOST = 2  # times that each prompt is sampled to have a point for each that is learnt from; more brings little
 STEPS = 8  # where it was measured at so few that most noise levels were never seen
 KEPT = 4  # held-out steps of each case
 
@@ -111,6 +112,7 @@ def record(
     runs: Sequence[tuple[Run, Mapping[str, Any]]],
     on_step: OnStep,
     on_run: Callable[[int, int], None],
+    wanted: int,
     before: Any = None,
     room: float = float("inf"),
 ) -> Lesson:
@@ -119,12 +121,14 @@ def record(
     Args:
         modules: the merge's own; what was dropped from it shall not come back through the others.
         runs: each with its latent.
+        wanted: how many points will be learnt from, over all steps.
         before: the model that samples the steps before the first that is looked at.
         room: bytes that the points to learn from may take; where all of them take more, fewer steps are kept.
     """
     cases = tuple(dict.fromkeys(run.case.case for run, _ in runs))
     notes = Notes(room)
     held_out: list[Point] = []
+    times = _times(runs, wanted)
 
     def judge_by(steps: list[Step]) -> None:
         held_out.extend(chain(*steps[:: -(-len(steps) // KEPT)]))
@@ -132,7 +136,7 @@ def record(
     for number, (run, latent) in enumerate(runs):
         on_run(number, len(runs))
         speaking = [loaded[task] for task in run.case.case.speakers]
-        for kind, one in _noised(run):
+        for kind, one in _noised(run, times):
             note = notes.add if kind == LEARNT else judge_by
             teacher = Teacher(cases.index(run.case.case), speaking, modules, note)
             begun = begin(patcher, one, dict(latent), on_step, before) if one.unseen else ()
@@ -140,17 +144,26 @@ def record(
     return Lesson(cases, tuple(notes.points), tuple(held_out), notes.every)
 
 
-def steps_of(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> int:
+def steps_of(runs: Sequence[tuple[Run, Mapping[str, Any]]], wanted: int) -> int:
     """How many sampling steps `record` takes."""
-    return sum(one.steps + one.unseen for run, _ in runs for _, one in _noised(run))
+    times = _times(runs, wanted)
+    return sum(one.steps + one.unseen for run, _ in runs for _, one in _noised(run, times))
 
 
-def _noised(run: Run) -> Iterator[tuple[int, Run]]:
-    """What is sampled of one case, and whether it is learnt from or judged by: once more all of it, or more often."""
+def _times(runs: Sequence[tuple[Run, Mapping[str, Any]]], wanted: int) -> int:
+    return min(MOST, -(-wanted // sum(run.steps for run, _ in runs)))
+
+
+def _noised(run: Run, times: int) -> Iterator[tuple[int, Run]]:
+    """What is sampled of one case, and whether it is learnt from or judged by.
+
+    Args:
+        times: so often each prompt is, and more often where it was measured briefly.
+    """
     sampling = run.sampling
     if sampling.seen == sampling.steps < REFINE_STEPS:
         sampling = replace(sampling, steps=STEPS)
-    for again in range(-(-FEWEST // (len(run.prompts) * sampling.seen))):
+    for again in range(max(times, -(-FEWEST // (len(run.prompts) * sampling.seen)))):
         seed = sampling.seed_of(LEARNT + again * len(run.prompts))  # each prompt has the next one
         yield LEARNT, replace(run, sampling=replace(sampling, seed=seed))
     middle = run.prompts[len(run.prompts) // 2 :][:1]

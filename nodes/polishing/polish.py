@@ -75,11 +75,13 @@ def polish(
     merged = read_task(Task("the merge", lora, 1.0, []), model).model
     if not merged.updates:
         raise LoraError(f"{NAME}: the merge changes no layer of this model that can be polished.")
-    sampled = steps_of(runs)
-    bar = comfy.utils.ProgressBar(sampled + settings.steps * settings.batch)
+    wanted = settings.steps * settings.batch
+    sampled = steps_of(runs, wanted)
+    bar = comfy.utils.ProgressBar(sampled + wanted)
     lesson = record(
         *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, sampled, bar)),
         lambda number, total: tell(f"{number + 1} of {total}: sampling, {runs[number][0].case.name}"),
+        wanted,
         before,
         room_for_points(),
     )
@@ -204,6 +206,10 @@ def _report(
     ]
     if lesson.every > 1:
         lines.append(f"Of each prompt one step in {lesson.every} was kept: all of them take too much memory.")
+    if distilled.returns and not distilled.stopped:
+        lines.append(
+            f"The error rose, so it went on from the best step at a lower learning rate ({distilled.returns} x)."
+        )
     if distilled.stopped:
         lines.append(f"Stopped early: {distilled.stopped}. A lower learning rate may go further.")
     width = max(len(case.label(names)) for case in lesson.cases)

@@ -22,12 +22,14 @@ from .branch import Branch
 from .factors import Learning
 from .frozen import frozen
 from .judge import Evaluation, Judge, distance
+from .muon import Muon
 from .overwriting import Overwriting
 from .point import Point
 
 DIVERGED = 2.0  # times the error it began with
-WARM_UP = 0.1  # of the steps: before Adam knows how large gradients are, it steps too far
-BETAS = (0.9, 0.99)
+SLOWER = 0.5  # of the learning rate, for what is left of the steps, where it diverged
+RETURNS = 3  # to the best step so far, before it gives up
+WARM_UP = 0.1  # of the steps: before momentum has the mean of some gradients, it steps too far
 HALF_SCALE = 2.0**12  # of a loss in float16, at first
 
 
@@ -37,7 +39,7 @@ class DistillationSettings:
 
     steps: int = 100
     batch: int = 8  # points a step, one after the other
-    learning_rate: float = 0.02  # of each factor's root mean square, at first; it falls to 0
+    learning_rate: float = 0.014  # of each factor's root mean square, a step, at first; it falls to 0
     evaluations: int = 8  # how often the held-out points are looked at
     seed: int = 0  # of the order of the points
     only_up: bool = False  # `down` stays as it is: half of what learns, and of its memory
@@ -54,6 +56,7 @@ class Distilled:
     updates: Mapping[Site, LowRankUpdate]
     history: tuple[Evaluation, ...]  # the first is of the merge that it began at
     stopped: str = ""  # why, if before the last step
+    returns: int = 0  # how often the error rose, and it went on from the best step with a lower learning rate
 
     @property
     def start(self) -> Evaluation:
@@ -110,7 +113,7 @@ def _learn(
     on_point: Callable[[int, int], None],
     on_evaluation: Callable[[Evaluation], None],
 ) -> Distilled:
-    history, best = [judge.evaluate(0)], student.updates()
+    history, best, returns = [judge.evaluate(0)], student.updates(), 0
     on_evaluation(history[0])
     if not math.isfinite(history[0].error):
         raise SolveError("The model's answers with this merge are not finite, so there is nothing to begin at.")
@@ -127,9 +130,13 @@ def _learn(
         error = history[-1].error
         if error <= min(one.error for one in history):
             best = student.updates()
-        if not error < DIVERGED * history[0].error:
-            return Distilled(best, tuple(history), f"the error rose to {error:.2f} at step {step}")
-    return Distilled(best, tuple(history))
+        if error < DIVERGED * history[0].error:
+            continue
+        if returns == RETURNS:
+            return Distilled(best, tuple(history), f"the error rose to {error:.2f} at step {step}", returns)
+        student.return_to(best)
+        returns += 1
+    return Distilled(best, tuple(history), returns=returns)
 
 
 class _Student:
@@ -149,7 +156,7 @@ class _Student:
         self._network, self._device = network, device
         self._shares = [share / settings.batch for share in shares]
         self._learning = [one for factors in self._factors.values() for one in factors.parameters()]
-        self._optimizer = torch.optim.AdamW(self._learning, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
+        self._optimizer = Muon(self._learning, settings.learning_rate)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: _rising(step, settings.steps) * _falling(step, settings.steps)
         )
@@ -174,6 +181,13 @@ class _Student:
         self._scaler.update()
         self._optimizer.zero_grad()
         self._schedule.step()
+
+    def return_to(self, updates: Mapping[Site, LowRankUpdate]) -> None:
+        """To what updates() gave before, and on from there with a lower learning rate."""
+        for site, factors in self._factors.items():
+            factors.return_to(updates[site])
+        self._optimizer.state.clear()
+        self._schedule.base_lrs = [SLOWER * rate for rate in self._schedule.base_lrs]
 
     def updates(self) -> dict[Site, LowRankUpdate]:
         return {site: factors.update() for site, factors in self._factors.items()}

@@ -55,6 +55,12 @@ class Learning:
         down, up = (self.down * self._scales[0]).cpu(), (self.up * self._scales[1]).cpu()
         return LowRankUpdate(down.reshape(-1, *self._in_shape), up)
 
+    @torch.no_grad()
+    def return_to(self, update: LowRankUpdate) -> None:
+        """To what update() gave before."""
+        self.down.copy_(update.down.flatten(1) / self._scales[0])
+        self.up.copy_(update.up / self._scales[1])
+
 
 def balanced_halves(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     """`down` (r, in) and `up` (out, r) of the same update with down down^T = up^T up, diagonal; r as before."""

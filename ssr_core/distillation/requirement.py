@@ -10,7 +10,7 @@ from ..lora.site import Site
 from .point import Point, memory_of
 
 FLOAT32 = 4
-LEARNING = 3  # of each number that learns: its gradient, and Adam's two moments
+LEARNING = 2  # of each number that learns: its gradient, and the mean of those before
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class DistillationRequirement:
         all_of_them = ups + sum(update.down.numel() for update in updates.values())
         learning = FLOAT32 * (ups if only_up else all_of_them)
         kept = FLOAT32 * all_of_them
-        # a step of the optimizer takes one more number for each that learns, when activations are gone
-        return cls(kept + LEARNING * learning + max(activations, learning), memory_of(points), 2 * kept)
+        return cls(kept + LEARNING * learning + activations, memory_of(points), 2 * kept)
 
     @property
     def host(self) -> int:

@@ -134,6 +134,12 @@ def test_where_it_diverges_the_merge_stays_what_it_was():
         torch.testing.assert_close(dense(update), dense(stack(loras(Network()))[site]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_learning_rate_that_is_too_high_is_lowered_on_the_way():
+    found = distilled(steps=60, learning_rate=2.0)
+    assert found.returns and not found.stopped
+    assert found.best.error < 0.8 * found.start.error
+
+
 def test_an_interrupt_leaves_no_hook_and_no_gradient():
     network = Network()
     of = loras(network)

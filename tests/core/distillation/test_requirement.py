@@ -165,5 +165,5 @@ def test_half_of_what_learns_takes_half_of_its_memory():
     updates = prepared(Transformer, 4)[1]
     whole, up = (DistillationRequirement.of(updates, 0, only_up=only_up) for only_up in (False, True))
     downs, ups = (sum(getattr(one, name).numel() for one in updates.values()) for name in ("down", "up"))
-    assert whole.device == 4 * 5 * (downs + ups) and up.device == 4 * (downs + 5 * ups)
+    assert whole.device == 4 * 3 * (downs + ups) and up.device == 4 * (downs + 3 * ups)
     assert whole.results == up.results == 8 * (downs + ups)
