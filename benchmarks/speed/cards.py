@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits on which card: memory and parts of a calibration for Flux, by LoRAs and rank, as `Requirement` tells it.
+"""What fits on which card: memory and passes of a calibration, by model, LoRAs and rank, as `Requirement` tells it.
 
-    python benchmarks/speed/cards.py [--dtype bfloat16]
+    COMFYUI_PATH=... python benchmarks/speed/cards.py [--dtype bfloat16]
 
 Parts: in how many groups the layers are refined one after the other, each with passes of its own, so that model,
 activations and this fit; "-": not even in GROUPS, so ComfyUI moves some of the model off the card.
@@ -10,44 +10,70 @@ activations and this fit; "-": not even in GROUPS, so ComfyUI moves some of the 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "tests" / "support")]
+import machine
+import torch
+from real_models import empty, models
+from torch import nn
 
-import torch  # noqa: E402
+from ssr_core import Requirement, Site, Subspace
+from ssr_core.distillation.frozen import blocks_of
 
-from flux_sizes import flux  # noqa: E402
-from ssr_core import Requirement  # noqa: E402
-
-SIZES = ((2, 16), (4, 32), (8, 32), (16, 32), (8, 128))  # LoRAs, rank of each
-WEIGHTS = {"bfloat16": 23.8, "fp8": 11.9, "4 bits": 6.8}  # GB, of Flux
-CARDS = (("bfloat16", 32), ("fp8", 16), ("fp8", 24), ("4 bits", 12), ("4 bits", 16))  # GB
+SIZES = ((2, 16), (4, 32), (8, 32))  # LoRAs, rank of each
+MORE = {"Flux": ((16, 32), (8, 128))}
+WEIGHTS = {"fp8": 1.0, "4 bits": 0.57}  # bytes a weight
+CARDS = {"fp8": (8, 12, 16, 24), "4 bits": (8, 12, 16)}  # GB
 ACTIVATIONS = 2.0  # GB, and what ComfyUI keeps free
 CONTEXT, GROUPS = 128, 8
 GB = 10**9
 
 
 def main() -> None:
+    machine.start_comfyui()
     print("\n".join(table(getattr(torch, arguments().dtype))))
 
 
 def table(dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Lines of Markdown."""
-    columns = ["measuring", "refining at once", f"in {GROUPS} parts", "in memory"]
-    head = ["LoRAs x rank", *columns, *(f"{weights}, {card} GB" for weights, card in CARDS)]
-    lines = [head, ["---"] * len(head), *(row(count, rank, dtype) for count, rank in SIZES)]
+    columns = ["model", "LoRAs x rank", "measuring", "refining at once", f"in {GROUPS} parts", "in memory"]
+    head = [*columns, *(f"{name}, {card} GB" for name, card in _places())]
+    lines = [head, ["---"] * len(head)]
+    for model, named in models().items():
+        network = named.built()
+        layers = shapes(network)
+        weights = sum(one.numel() for one in network.parameters())
+        lines += [[model, *row(layers, weights, *size, dtype)] for size in (*SIZES, *MORE.get(model, ()))]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def row(count: int, rank: int, dtype: torch.dtype) -> list[str]:
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    """Of the weights of all linear and convolutional layers of the blocks."""
+    inside = {id(module) for block in blocks_of(network) for module in block.modules()}
+    return {
+        name: module.weight.shape
+        for name, module in network.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def row(layers: Mapping[str, torch.Size], weights: int, count: int, rank: int, dtype: torch.dtype) -> list[str]:
     """GB on the device and in memory, and parts on each card."""
-    spaces = flux(count, rank)
+    spaces = {
+        Site.whole(name, shape[0]): Subspace(
+            empty(count * rank, *shape[1:], dtype=dtype), empty(shape[0], count * rank, dtype=dtype), (rank,) * count
+        )
+        for name, shape in layers.items()
+    }
     need = {n: Requirement.of(spaces, CONTEXT, n > 0, dtype, groups=max(n, 1), folded=True) for n in range(GROUPS + 1)}
     told = [f"{need[n].device / GB:.1f}" for n in (0, 1, GROUPS)]
-    rooms = [(card - WEIGHTS[weights] - ACTIVATIONS) * GB for weights, card in CARDS]
+    rooms = [card * GB - ACTIVATIONS * GB - WEIGHTS[name] * weights for name, card in _places()]
     parts = [next((n for n in range(1, GROUPS + 1) if need[n].device <= room), "-") for room in rooms]
     return [f"{count} x {rank}", *told, f"{need[1].host / GB:.1f}", *map(str, parts)]
+
+
+def _places() -> Iterator[tuple[str, int]]:
+    return ((name, card) for name, cards in CARDS.items() for card in cards)
 
 
 def arguments() -> argparse.Namespace:

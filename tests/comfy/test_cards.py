@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_table_in_the_docs_is_what_is_told_before_collecting(monkeypatch):
+def test_the_table_in_the_docs_is_what_is_told_before_collecting(pack, monkeypatch):
+    """Of ComfyUI's own model classes at their real sizes."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks" / "speed"), *sys.path])
     import cards
 
