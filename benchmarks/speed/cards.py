@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 
-import machine
 import torch
 from real_models import empty, models
 from torch import nn
 
+import machine
 from ssr_core import Requirement, Site, Subspace
 from ssr_core.distillation.frozen import blocks_of
 

@@ -26,7 +26,7 @@ CORE = {
     ),
     "report": ("conflict", "advice"),
     "distillation": (
-        *("structure", "hooks", "point", "factors", "branch", "overwriting", "frozen"),
+        *("structure", "hooks", "point", "factors", "muon", "branch", "overwriting", "frozen"),
         *("footprint", "requirement", "judge", "distil"),
     ),
     "files": ("storage", "peft_config", "lora_file", "statistics_entry", "statistics_file"),
