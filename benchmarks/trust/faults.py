@@ -28,6 +28,10 @@ COUNTS = {
     "an error in a layer": 40,
     "out of memory in a layer": 30,
     "NaN in a layer": 20,
+    "stopped in a layer while polishing": 20,
+    "an error in a layer while polishing": 20,
+    "out of memory while polishing": 10,
+    "NaN in a layer while polishing": 10,
     "cancelled, next in the queue": 15,
     "unloaded meanwhile": 15,
     "LoRA file written over": 10,
@@ -39,7 +43,7 @@ COUNTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, help="of the 250 faults")
+    parser.add_argument("--share", type=float, default=1.0, help="of the 310 faults")
     parser.add_argument("--only", choices=COUNTS, help="one kind")
     arguments = parser.parse_args()
     counts = {kind: max(1, round(count * arguments.share)) for kind, count in COUNTS.items()}
@@ -63,7 +67,7 @@ def of_kind(trial: Trial, kind: str, count: int) -> int:
         for problem in problems:
             print(f"  {kind}, seed {seed}: {problem}")
     seconds = (time.perf_counter() - started) / count
-    print(f"{kind:<32}{survived:>4} / {count:<4}{seconds:8.1f} s each", flush=True)
+    print(f"{kind:<38}{survived:>4} / {count:<4}{seconds:8.1f} s each", flush=True)
     return survived
 
 

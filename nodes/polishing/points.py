@@ -70,7 +70,8 @@ class Teacher:
             note: given the steps of each prompt when it has been sampled.
         """
         self._branch = Branch.of([lora.lora for lora in speaking], modules)
-        self._recorder, self._note = PointRecorder(case), note
+        names = " + ".join(lora.task.name for lora in speaking) or "no LoRA"
+        self._recorder, self._note = PointRecorder(case, names), note
         self._begins: list[int] = []  # of the recorder's points, the first of each step
 
     def at(self, level: float) -> None:

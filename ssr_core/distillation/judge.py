@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import SolveError
 from ..solve.weights import case_weights
 from ..statistics.case import Case
 from .point import Point
@@ -34,6 +35,8 @@ class Judge:
         loras = 1 + max((task for case in cases for task in case.speakers), default=0)
         self._weights = torch.tensor(case_weights(cases, [1.0] * loras), dtype=torch.float64)
         found = self._means()
+        if found.isinf().any() or found.isnan()[[point.case for point in held_out]].any():
+            raise SolveError("The model's answers are not finite, with its LoRAs or without, so nothing can be learnt.")
         there = found > 0
         # silence, or LoRAs at strength 0, have no effect of their own
         self._effects = torch.where(there, found, found[there].mean() if there.any() else 1.0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import SolveError
 from .hooks import Hooks
 from .structure import replaced, tensors_in
 
@@ -39,11 +40,12 @@ def memory_of(points: Iterable[Point]) -> int:
 
 
 class PointRecorder(Hooks):
-    """Keeps the calls of a model, as points of one case."""
+    """Keeps the calls of a model, as points of one case. Raises SolveError at an answer that is not finite."""
 
-    def __init__(self, case: int) -> None:
+    def __init__(self, case: int, name: str = "its LoRAs") -> None:
+        """`name`: of the case, for messages."""
         super().__init__()
-        self.case = case
+        self.case, self._name = case, name
         self.points: list[Point] = []
         self._call: tuple[Any, Any] = ((), {})  # the one that is being answered
         self._kept: dict[tuple[torch.Size, torch.dtype], Tensor] = {}  # prompts are the same in all steps
@@ -59,6 +61,11 @@ class PointRecorder(Hooks):
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         target = tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors_in(output))
+        if not all(tensor.isfinite().all() for tensor in target):
+            raise SolveError(
+                f"The model's answer with {self._name} is not finite, so nothing can be learnt from it. "
+                "Does it make pictures with them at this precision?"
+            )
         self.points.append(Point(self.case, *self._call, target))
 
     def _on_host(self, tensor: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ from tiny_flux import block_linears, flux_lora, flux_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
-MEASURED = 2 * (STEPS + STEPS)  # calls of each layer while two LoRAs are surveyed and measured
-CALLS = MEASURED + 2 * 2 * STEPS  # and refined
+MEASURED = 2 * STEPS + 3 * STEPS  # calls of each layer: two LoRAs are surveyed, they and their combination measured
+CALLS = MEASURED + 3 * 2 * STEPS  # and refined
+POLISHED = 150  # at least so many more while the merge is polished for two steps: 3 cases, 33 points and 3 of each
 LORAS = {
     "one.safetensors": lambda: flux_lora("kohya", rank=4, alpha=2.0, seed=1),
     "two.safetensors": lambda: flux_lora("generic", rank=2, seed=2),
 }
 LAYERS = [f"diffusion_model.{name}" for name in block_linears(128)]
+NOTHING = "nothing was raised"
 EXACT = ("hooks", "global hooks", "patches", "object backup", "injections", "training", "tensors", "bytes")
 EXACT += ("log handlers", "grad", "threads")
 
@@ -65,34 +67,41 @@ def _shared() -> dict[str, Any]:
     return {
         "model": node("UNETLoader", unet_name="tiny-flux.safetensors", weight_dtype="default"),
         "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
-        **{f"p{i}": node("TestConditioning", seed=i, **prompt) for i in range(2)},
+        **{f"p{i}": node("TestConditioning", seed=i, **prompt) for i in range(3)},
     }
 
 
 def plain_graph(salt: int) -> dict[str, Any]:
     """The untouched model's image, and what is left on the model and in memory."""
-    shared = {key: value for key, value in _shared().items() if key != "p1"}
+    shared = {key: value for key, value in _shared().items() if key not in ("p1", "p2")}
     look = node("TestInspect", model=["model", 0], after=["sample plain", 0], salt=salt)
     return {**shared, **_sampled("model", "plain"), "look": look}
 
 
-def merge_graph(seed: int, model: str = "model", steps: int = STEPS, save: str = "", refine: int = 1) -> dict[str, Any]:
-    """Collect, solve, apply, sample; SSR Save LoRA to `save`, if any."""
+def merge_graph(
+    seed: int, model: str = "model", steps: int = STEPS, save: str = "", refine: int = 1, polish: int = 0
+) -> dict[str, Any]:
+    """Collect both LoRAs and their combination, solve, polish, apply, sample; SSR Save LoRA to `save`, if any."""
     graph = _shared()
     for i, name in enumerate(LORAS):
         inputs = {"lora_name": name, "strength": 1.0, "calibration": [f"p{i}", 0]}
         graph[f"lora{i}"] = node("SSRAddLoRA", **inputs, **({"tasks": [f"lora{i - 1}", 0]} if i else {}))
+    merged = ["polish" if polish else "solve", 0]
     graph |= {
+        "both": node("SSRAddCombination", loras="all", calibration=["p2", 0], tasks=["lora1", 0]),
         "collect": node(
             "SSRCollectStats",
-            **{"model": [model, 0], "tasks": ["lora1", 0], "latent": ["latent", 0], "seed": seed, "steps": steps},
+            **{"model": [model, 0], "tasks": ["both", 0], "latent": ["latent", 0], "seed": seed, "steps": steps},
             **{"sampler_name": "euler", "scheduler": "simple", "context": 16, "refine": refine},
         ),
         "solve": node("SSRSolve", stats=["collect", 0], ridge=0.01, rank=0, routing=1.0, strengths=""),
-        "apply": node("SSRApply", model=["model", 0], lora=["solve", 0], strength=1.0),
+        "apply": node("SSRApply", model=["model", 0], lora=merged, strength=1.0),
     }
+    if polish:
+        inputs = {"model": [model, 0], "stats": ["collect", 0], "lora": ["solve", 0]}
+        graph["polish"] = node("SSRPolish", **inputs, steps=polish, seed=0)
     if save:
-        graph["file"] = node("SSRSaveLoRA", lora=["solve", 0], filename_prefix=save, dtype="float32")
+        graph["file"] = node("SSRSaveLoRA", lora=merged, filename_prefix=save, dtype="float32")
     return graph | _sampled("apply", "merged")
 
 
@@ -168,6 +177,22 @@ def _in_a_layer(kind: str, error: type[ComfyError], message: str) -> Strike:
     return strike
 
 
+def _while_polishing(kind: str, error: type[ComfyError], message: str) -> Strike:
+    def strike(trial: Trial, rng: random.Random) -> str:
+        graph = merge_graph(0, "fault", polish=2)
+        where = {"layer": rng.choice(LAYERS), "call": CALLS + rng.randrange(POLISHED)}
+        graph["fault"] = node("TestFault", model=["model", 0], kind=kind, salt=trial.salt, **where)
+        found = _expect(trial, graph, error, message)
+        if kind != "NaN" or found != NOTHING:
+            return found
+        for chart in (trial.server.base_directory / "temp").glob("*.png"):
+            chart.unlink()
+        # where it was not among what is learnt from, or the best step was before it
+        return "" if numpy.isfinite(numpy.frombuffer(trial._latent("merged"), numpy.float32)).all() else found
+
+    return strike
+
+
 def _expect(
     trial: Trial,
     graph: dict[str, Any],
@@ -181,7 +206,7 @@ def _expect(
         return "" if message in str(found) else f"another message: {found}"
     except ComfyError as found:
         return f"another error: {found}"
-    return "nothing was raised"
+    return NOTHING
 
 
 def _stop(trial: Trial, rng: random.Random) -> str:
@@ -280,6 +305,10 @@ KINDS: dict[str, Strike] = {
     "an error in a layer": _in_a_layer("error", ComfyError, "a layer broke"),
     "out of memory in a layer": _in_a_layer("out of memory", ComfyError, "20.00 GiB"),
     "NaN in a layer": _in_a_layer("NaN", ComfyError, "NaN"),
+    "stopped in a layer while polishing": _while_polishing("interrupt", Interrupted, ""),
+    "an error in a layer while polishing": _while_polishing("error", ComfyError, "a layer broke"),
+    "out of memory while polishing": _while_polishing("out of memory", ComfyError, "20.00 GiB"),
+    "NaN in a layer while polishing": _while_polishing("NaN", ComfyError, "not finite"),
     "cancelled, next in the queue": _queue_again,
     "unloaded meanwhile": _freed,
     "LoRA file written over": _replaced,

@@ -187,6 +187,18 @@ def test_bad_input():
         distil(network, network, broken, kept, kept, CPU)
 
 
+def test_answers_that_are_not_finite_are_not_learnt_from():
+    network = Network()
+    of = loras(network)
+    kept = points(network, of)
+    network.blocks[0][0].weight.data[0, 0] = math.nan
+    with pytest.raises(SolveError, match="not finite"):
+        distil(network, network, stack(of), kept, kept, CPU, CASES)
+    with pytest.raises(SolveError, match="with cat is not finite"), PointRecorder(0, "cat").attached(network):
+        network(random(10, 8, dtype=torch.float32), options={"loudness": torch.tensor(0.5)})
+    assert not any(module._forward_hooks for module in network.modules())
+
+
 def test_a_model_without_gradient_says_so():
     class Detached(Network):
         def forward(self, x, options):
