@@ -26,6 +26,7 @@ class Entry:
     samples: tuple[int, ...]  # (C,)
     levels: tuple[frozenset[float], ...]  # (C,)
     strengths: tuple[float, ...] | None  # (K,) of the correction; None: there is none
+    is_folded: bool  # of the correction
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any], tasks: int, cases: int) -> Entry:
@@ -44,7 +45,7 @@ class Entry:
             raise ValueError(f"{site} has numbers for {counted} cases, not for {cases}")
         if strengths is not None and len(strengths) != tasks:
             raise ValueError(f"{site} has strengths of {len(strengths)} LoRAs, not of {tasks}")
-        return cls(site, str(facts["fingerprint"]), tokens, samples, levels, strengths)
+        return cls(site, str(facts["fingerprint"]), tokens, samples, levels, strengths, facts.get("folded") is True)
 
 
 def check_sums(gram: Tensor, site: object) -> None:

@@ -45,12 +45,12 @@ def statistics_state(calibration: Calibration) -> tuple[dict[str, Tensor], dict[
     for index, (site, statistics) in enumerate(calibration.statistics.items()):
         tensors |= {f"gram/{index}/{task}": gram for task, gram in enumerate(statistics.grams.packed) if len(gram)}
         where = [site.module, site.start, site.stop, site.out_features]
-        counts: dict[str, tuple[float, ...]] = {"tokens": statistics.tokens, "samples": statistics.samples}
+        counts: dict[str, tuple[float, ...] | bool] = {"tokens": statistics.tokens, "samples": statistics.samples}
         levels = [sorted(levels) for levels in statistics.levels]
         if correction := calibration.corrections.get(site):
             tensors |= {f"correction.gram/{index}/{k}": g for k, g in enumerate(correction.grams.packed) if len(g)}
             tensors |= {f"correction.target/{index}/{k}": t for k, t in enumerate(correction.targets) if len(t)}
-            counts["strengths"] = correction.strengths
+            counts |= {"strengths": correction.strengths, **({"folded": True} if correction.is_folded else {})}
         sites.append({"site": where, "fingerprint": statistics.fingerprint, "levels": levels, **counts})
     loras = [
         {**lora.source, "name": lora.name, "strength": lora.strength, "fingerprint": lora.fingerprint}
@@ -190,7 +190,7 @@ def _correction(
         for case, there in enumerate(ran)
     )
     grams = _grams(tensors, f"correction.gram/{index}", ran, entry.site, space)
-    return Correction(grams, targets, entry.fingerprint, strengths)
+    return Correction(grams, targets, entry.fingerprint, strengths, entry.is_folded)
 
 
 def _grams(tensors: Mapping[str, Tensor], prefix: str, there: Sequence[bool], site: Site, space: Subspace) -> Grams:

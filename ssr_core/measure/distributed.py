@@ -8,6 +8,7 @@ import this module by itself, and no node does.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -72,7 +73,7 @@ def _statistics(seen: SufficientStatistics, counts: Iterable[Any], group: Any) -
 
 def _correction(found: Correction, group: Any) -> Correction:
     targets = _each(found.targets, group)
-    return Correction(_grams(found.grams, group), targets, found.fingerprint, found.strengths)
+    return replace(found, grams=_grams(found.grams, group), targets=targets)
 
 
 def _grams(grams: Grams, group: Any) -> Grams:

@@ -8,7 +8,7 @@ a second run does, in which the merged model walks beside the LoRA alone. Data o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -34,6 +34,7 @@ class Correction:
     targets: tuple[Tensor, ...]  # (C,) each (out, R), sum of t z'^T, in bfloat16 where they are large; (0, 0): not run
     fingerprint: str  # of the subspace they were measured in
     strengths: tuple[float, ...]  # (K,) of the LoRAs while measuring: t depends on them
+    is_folded: bool = False  # whether a sum over cases is in it, of which nobody knows any more who was to write what
 
     @property
     def gram(self) -> Tensor:
@@ -54,12 +55,13 @@ class Correction:
             )
         pairs = zip_longest(self.targets, other.targets, fillvalue=NOT_RUN)
         targets = tuple(sum_of_present(a, b) for a, b in pairs)
-        return Correction(self.grams + other.grams, targets, self.fingerprint, self.strengths)
+        folded = self.is_folded or other.is_folded
+        return replace(self, grams=self.grams + other.grams, targets=targets, is_folded=folded)
 
     def padded(self, cases: int) -> Correction:
         """With so many cases; those that are new were not run."""
         targets = self.targets + (NOT_RUN,) * (cases - len(self.targets))
-        return Correction(self.grams.padded(cases), targets, self.fingerprint, self.strengths)
+        return replace(self, grams=self.grams.padded(cases), targets=targets)
 
     def folded(self, factors: Sequence[float]) -> Correction:
         """All cases summed into the first, each times its factor: w_c / w_0 of the weights that a merge will give them.
@@ -73,13 +75,7 @@ class Correction:
             gram = sum_of_present(gram, packed if factor == 1 else packed * factor)
         absent = len(pairs) - 1
         grams = Grams(self.grams.size, (gram, *(NOTHING,) * absent))
-        return Correction(grams, (target, *(NOT_RUN,) * absent), self.fingerprint, self.strengths)
-
-    @property
-    def is_folded(self) -> bool:
-        """Whether it is a sum over the cases, of which nobody knows any more who was to write what."""
-        first, *others = (target.numel() > 0 for target in self.targets)
-        return first and bool(others) and not any(others)
+        return replace(self, grams=grams, targets=(target, *(NOT_RUN,) * absent), is_folded=absent > 0)
 
     def chosen(
         self, cases: Sequence[int | None], rows: Tensor, fingerprint: str, strengths: tuple[float, ...]
@@ -87,7 +83,7 @@ class Correction:
         """Of these cases (None: one that was not run) and of these rows, in the subspace with that fingerprint."""
         targets = (NOT_RUN if case is None else self.targets[case] for case in cases)
         kept = tuple(target[:, rows] if target.numel() else target for target in targets)
-        return Correction(self.grams.chosen(cases, rows), kept, fingerprint, strengths)
+        return Correction(self.grams.chosen(cases, rows), kept, fingerprint, strengths, self.is_folded)
 
     def share(self, task: int, scaled: Subspace, cases: Sequence[Case]) -> Correction:
         """What of it LoRA `task` should write; the shares of all LoRAs that are at the site add up to it.
@@ -110,7 +106,7 @@ class Correction:
             own = {one: scaled.up[:, block].double() @ gram[block] for one, block in blocks.items()}
             rest = target.double() - sum(own.values())
             targets.append(rest / len(takers) + own.get(task, 0))
-        return Correction(self.grams, tuple(targets), self.fingerprint, self.strengths)
+        return replace(self, targets=tuple(targets))
 
     def check(self, subspace: Subspace, site: object) -> None:
         """Raise StatisticsError unless this was measured in `subspace` and is finite."""

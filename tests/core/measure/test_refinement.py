@@ -339,7 +339,7 @@ def test_large_targets_are_kept_in_16_bits_in_memory_and_files_and_merge_to_the_
     assert errors[1] == errors[2] == pytest.approx(errors[0], rel=0.01)
 
 
-def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge():
+def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge(tmp_path):
     model, _, apart = refined()
     collector = watched(model, loras_for(model))
     calibration = collector.calibration()
@@ -354,6 +354,7 @@ def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge():
             run.detach()
     folded = collector.calibration()
     for correction in folded.corrections.values():
+        assert correction.is_folded
         assert [target.numel() > 0 for target in correction.targets] == [True, False]
     for one, other in (
         (merge(apart), merge(folded)),
@@ -361,6 +362,11 @@ def test_cases_summed_with_the_weights_of_the_merge_give_the_same_merge():
     ):
         for site, update in one.updates.items():
             torch.testing.assert_close(dense(other.updates[site]), dense(update), rtol=1e-4, atol=1e-5)
+    save_statistics(folded, tmp_path / "stats.safetensors")
+    read = load_statistics(tmp_path / "stats.safetensors", loras_for(model))
+    several = [folded, read, folded + apart, apart + folded, (folded + apart).reordered((1, 0))]
+    assert all(one.is_folded for calibration in several for one in calibration.corrections.values())
+    assert not any(one.is_folded for one in (apart + apart).corrections.values())
 
 
 def test_the_report_of_a_refined_merge_tells_the_error_before_refinement():
