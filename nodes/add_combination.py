@@ -21,7 +21,7 @@ class SSRAddCombination(io.ComfyNode):
             description="Adds prompts that ask for several of the LoRAs at once, such as a character in a style, so "
             "that the merge can do both in one picture; or prompts where no LoRA should speak. It stands anywhere in "
             "the chain of SSR Add LoRA.",
-            search_aliases=["style and character", "several loras at once", "joint prompt", "merge lora", "ssr merge"],
+            search_aliases=["style and character", "several loras at once", "joint prompt", "ssr merge"],
             inputs=[
                 io.String.Input(
                     "loras",

@@ -24,7 +24,7 @@ class SSRAddLoRA(io.ComfyNode):
             node_id="SSRAddLoRA",
             display_name="SSR Add LoRA",
             description="Adds a LoRA and its calibration prompt to those that are merged. Chain one node per LoRA.",
-            search_aliases=["merge lora", "lora merge", "combine loras", "ssr merge", "multiple loras"],
+            search_aliases=["combine loras", "ssr merge", "multiple loras"],
             inputs=[
                 io.Combo.Input(
                     "lora_name",

@@ -26,7 +26,7 @@ class SSRCollectStats(io.ComfyNode):
             display_name="SSR Collect Stats",
             description="Samples each LoRA's calibration prompts with that LoRA active and measures, layer by layer, "
             "how the LoRAs' signals overlap. The model itself is not changed. Solving again needs no new statistics.",
-            search_aliases=["merge lora", "lora merge", "ssr merge", "calibrate"],
+            search_aliases=["ssr merge", "calibrate", "measure loras"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, with what shall stay in it (a speed LoRA, say)."),
                 SSRTasks.Input("tasks", tooltip="The LoRAs to merge, from SSR Add LoRA, and SSR Add Combination."),

@@ -18,9 +18,11 @@ from .polishing.polish import polish as polished_merge
 from .reading.file_state import state_of
 from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
+from .reading.training_notes import TrainingNotes
 from .schema import inputs
 from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, schema
 from .wording.proposals import listed, written_or_proposed
+from .wording.trigger_words import unspoken
 from .writing.kept_stats import kept_if_failing
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
@@ -36,10 +38,13 @@ class SSRQuickMerge(io.ComfyNode):
         return schema(
             node_id="SSRQuickMerge",
             display_name=NAME,
-            description="Merges up to four LoRAs, or those of a LORA_STACK, into one and puts it on the model: SSR "
-            "Prompts, SSR Add LoRA, SSR Collect Stats, SSR Solve and SSR Apply in one. Any change runs all of it "
-            "again; to try settings quickly, use the nodes themselves.",
-            search_aliases=["merge lora", "lora merge", "combine loras", "multiple loras", "ssr merge", "easy merge"],
+            description="Start here: merges two to four LoRAs, or those of a LORA_STACK, into one and puts it on the "
+            "model. It is SSR Prompts, SSR Add LoRA, SSR Collect Stats, SSR Solve and SSR Apply in one node. Any "
+            "change runs all of it again; to try settings quickly, use the nodes themselves.",
+            search_aliases=[
+                *("merge lora", "lora merge", "merge loras", "merge two loras", "lora merger"),
+                *("combine loras", "multiple loras", "ssr merge", "easy merge"),
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, with what shall stay in it (a speed LoRA, say)."),
                 io.Clip.Input("clip", tooltip="The text encoder. LoRAs that change it, too, are merged there as well."),
@@ -134,11 +139,14 @@ class SSRQuickMerge(io.ComfyNode):
         polish: int = 0,
         **chosen: Any,
     ) -> io.NodeOutput:
-        tasks, proposed = [], {}
+        tasks, proposed, warnings = [], {}, []
         for entry, lines, where in _chosen(lora_stack, chosen, PICKERS if steps else 0):
             task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
-            if steps and not task.is_off:
+            if task.is_off:
+                warnings.append(f"{entry.name} is off: its strength is 0.")
+            elif steps:
                 prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
+                warnings.append(unspoken(entry.name, TrainingNotes.read(entry.path).phrase, prompts))
                 task = replace(task, conditioning=encode_lines(clip, prompts, where))
             tasks.append(task)
         together = combinations_of(clip, combinations, f"{NAME}: combinations") if steps else []
@@ -150,9 +158,11 @@ class SSRQuickMerge(io.ComfyNode):
             if polish:
                 polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
                 lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
+            warnings, first = [*filter(None, warnings)], report.partition("\n\n")[0]
             if shown := listed(proposed):
                 report = "\n".join([report, *shown])
-            tell("\n".join([*shown, *listed_pairs(stats.collections)]) or "Merged.")
+            tell("\n".join([*warnings, first, "", *shown, *listed_pairs(stats.collections)]))
+            report = "\n\n".join([*warnings, report])
             return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 
 
@@ -180,6 +190,7 @@ def _picker(number: int) -> list[Any]:
             f"prompts_{number}",
             default="",
             multiline=True,
+            placeholder="prompts for this LoRA, one per line, with its trigger words; empty: proposed from its file",
             dynamic_prompts=False,
             optional=optional,
             tooltip="A few prompts that show what this LoRA is for, one per line, with its trigger words. Empty: "
@@ -211,6 +222,14 @@ def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[Stacked
     ]
     if not numbered:
         raise LoraError(f"{NAME}: there is no LoRA to merge; choose two or more.")
+    if len(numbered) == 1 and not stacked:
+        raise LoraError(f"{NAME}: only {numbered[0][1].name} is chosen; choose a second LoRA to merge it with.")
+    places: dict[str, int] = {}
+    for number, (name, _) in enumerate(picked, 1):
+        if name != NONE and places.setdefault(name, number) != number:
+            raise LoraError(
+                f"{NAME}: lora_{places[name]} and lora_{number} are the same file, {name}; choose another, or {NONE}."
+            )
     return [
         (lora, str(chosen.get(f"prompts_{number}") or "").splitlines(), f"{NAME}: prompts_{number}, for {lora.name}")
         for number, lora in numbered

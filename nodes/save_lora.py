@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .schema import inputs
-from .schema.sockets import LoraModelSocket, schema
+from .schema.sockets import LoraModelSocket, say, schema
 from .writing.lora_file import save
 
 
@@ -30,9 +30,12 @@ class SSRSaveLoRA(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="lora_name", tooltip="The name under which Load LoRA lists the file.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, lora: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
         (listed,), size = save([(lora, filename_prefix)], dtype, "SSR Save LoRA")
-        return io.NodeOutput(listed, ui=ui.PreviewText(f"Saved {listed} ({size / 2**20:.1f} MiB)"))
+        text = f"Saved output/loras/{listed} ({size / 2**20:.1f} MiB). Load LoRA lists it as {listed}."
+        say(cls, text)
+        return io.NodeOutput(listed, ui=ui.PreviewText(text))

@@ -21,7 +21,7 @@ class SSRSolve(io.ComfyNode):
             display_name=NAME,
             description="Merges the LoRAs into one that gives each of them its own signals. "
             "Change a setting and only this node runs again.",
-            search_aliases=["merge lora", "lora merge", "ssr merge", "route"],
+            search_aliases=["ssr merge", "route", "router", "solve merge"],
             inputs=[
                 SSRStats.Input("stats", tooltip="From SSR Collect Stats."),
                 inputs.ridge(

@@ -44,6 +44,7 @@ def first_steps(
     loras: tuple[Lora, Lora] = (INKWASH, ANNA),
     positive: str = "inkwash style, anna1 woman standing on a bridge in the rain",
 ) -> list[Group]:
+    written = base is not None  # for everybody's own LoRAs nobody's examples are right
     base = base or bases.sdxl()
     latent = size(base)
     prompt = Node("CLIPTextEncode", "Prompt", values={"text": positive}, height=140, colour="fill in")
@@ -57,7 +58,7 @@ def first_steps(
         },
         {
             **{f"lora_{number}": lora.file for number, lora in enumerate(loras, 1)},
-            **{f"prompts_{number}": "\n".join(lora.prompts) for number, lora in enumerate(loras, 1)},
+            **{f"prompts_{number}": "\n".join(lora.prompts) for number, lora in enumerate(loras, 1) if written},
             **{key: base.sampling[key] for key in ("cfg", "sampler_name", "scheduler")},
         },
         colour="fill in",
@@ -73,7 +74,8 @@ def first_steps(
         "Start here",
         "1. Choose an SDXL checkpoint (for another family use that family's loaders; nothing else changes).",
         "2. In **SSR Quick Merge** choose two to four LoRAs and write a few prompts for each, **with its trigger "
-        "words**.",
+        "words**: `anna1 woman in a garden`, `anna1 woman, close-up, rain`. Left empty, some are proposed from what "
+        "the files tell.",
         "3. Write a prompt for the picture and press **Run**.",
         "The first run measures; later ones only draw. **Load LoRA** lists the saved file.",
     )

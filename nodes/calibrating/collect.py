@@ -26,7 +26,7 @@ from ..reading.combination import Combination, parted, without_off
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_tasks
 from ..reading.task import Task
-from ..wording.trigger_words import namesakes, phrases
+from ..wording.trigger_words import TRIGGER, namesakes, phrases, unspoken
 from .case_prompts import PAIRS, CasePrompts, cases_of
 from .circumstances import Circumstances
 from .diffusion_model import calibrate
@@ -207,10 +207,12 @@ def _summary(calibration: Calibration, cases: Sequence[CasePrompts], seconds: fl
 
 
 def _warnings(calibration: Calibration, loras: Sequence[LoadedLora]) -> list[str]:
-    """Of LoRAs that nothing can tell apart: they are one and the same, or their prompts call both."""
-    names = calibration.names
-    called = [phrases(lora.source, texts(lora.task.conditioning)) for lora in loras]
+    """Of LoRAs that nothing can tell apart, as they are one and the same, or that their prompts do not call."""
+    names, told = calibration.names, [texts(lora.task.conditioning) for lora in loras]
+    called = [phrases(lora.source, prompts) for lora, prompts in zip(loras, told, strict=True)]
     found = [one.advice(names) for one in alike(calibration.subspaces)] + list(namesakes(names, called))
+    for lora, prompts in zip(loras, told, strict=True):
+        found += filter(None, [unspoken(lora.task.name, str(lora.source.get(TRIGGER) or ""), prompts)])
     for line in found:
         logging.warning("SSR Collect Stats: %s", line)
     return found

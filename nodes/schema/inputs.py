@@ -46,7 +46,9 @@ def pairs(tooltip: str, default: int, **more: Any) -> io.Int.Input:
 
 
 def combinations(tooltip: str, **more: Any) -> io.String.Input:
-    return io.String.Input("combinations", default="", multiline=True, dynamic_prompts=False, tooltip=tooltip, **more)
+    hint = "1+2: a prompt that asks for both, one per line; empty: some are made"
+    shown = {"multiline": True, "placeholder": hint, "dynamic_prompts": False}
+    return io.String.Input("combinations", default="", tooltip=tooltip, **shown, **more)
 
 
 def dtype() -> io.Combo.Input:

@@ -7,12 +7,13 @@ from itertools import combinations
 
 from .common_words import FILLERS, common_words, holds_all, words_of
 
+TRIGGER = "modelspec.trigger_phrase"
 MEDIA = frozenset(["drawing", "image", "illustration", "painting", "photo", "photograph", "picture", "portrait"])
 
 
 def phrases(source: Mapping[str, object], prompts: Sequence[str]) -> list[str]:
     """Of one LoRA: what its file says, and what all of its prompts say."""
-    found = str(source.get("modelspec.trigger_phrase") or ""), common_words(prompts)
+    found = str(source.get(TRIGGER) or ""), common_words(prompts)
     return [phrase for phrase in found if _own(phrase)]
 
 
@@ -30,6 +31,22 @@ def namesakes(names: Sequence[str], called: Sequence[Sequence[str]]) -> Iterator
                 "can: let their prompts differ in other words, too (what they wear, what they are), and expect "
                 "something of their mean."
             )
+
+
+def unspoken(name: str, phrase: str, prompts: Sequence[str]) -> str:
+    """A warning where no prompt of a LoRA has a word of its trigger words; empty if one has, or if none are known.
+
+    Args:
+        phrase: the trigger words, as its file tells them.
+        prompts: empty if nobody knows their texts.
+    """
+    own = _own(phrase)
+    if not own or not prompts or any(holds_all(text, word) for text in prompts for word in own):
+        return ""
+    return (
+        f'No prompt of {name} has its trigger words, which its file says are "{phrase}": what is measured may not be '
+        "what it is for. Write them into its prompts, and run again."
+    )
 
 
 def _shared(one: str, other: str) -> str:

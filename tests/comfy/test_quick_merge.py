@@ -107,6 +107,8 @@ def test_a_stack_of_another_pack_takes_the_place_of_the_pickers(model, clip, fil
             lambda: chosen("cat.safetensors", "house.safetensors", prompts=("a cat", " ")),
             "prompts_2, for house: there is no prompt, and the file does not tell",
         ),
+        (lambda: chosen("cat.safetensors"), "only cat is chosen; choose a second"),
+        (lambda: chosen("cat.safetensors", "cat.safetensors"), r"lora_1 and lora_2 are the same file, cat\.safe"),
         (lambda: chosen("gone.safetensors"), r"no LoRA file 'gone\.safetensors'"),
         (
             lambda: chosen("cat.safetensors") | {"lora_stack": [("house.safetensors", 1, 1)]},
@@ -229,6 +231,19 @@ def test_empty_prompts_are_proposed_from_the_file_and_shown(model, clip, told):
     assert sum(line.startswith("  anna: ") for line in proposed) == 6
     (cat,) = execute(node("propose_prompts.SSRProposePrompts"), lora_1="anna.safetensors", count=6, pairs=0)[:1]
     assert [line.removeprefix("  anna: ") for line in proposed if line.startswith("  anna: ")] == cat.splitlines()
+
+
+def test_prompts_without_the_trigger_words_get_a_warning_on_top(model, clip, told):
+    *_, report = quick(model, clip, steps=1, **chosen("cat.safetensors", "anna.safetensors"))
+    assert report.startswith('No prompt of anna has its trigger words, which its file says are "anna1 woman"')
+    given = chosen("cat.safetensors", "anna.safetensors", prompts=(PROMPTS[0], "anna1 woman in the rain"))
+    assert "trigger words" not in quick(model, clip, steps=1, **given)[-1]
+
+
+def test_a_lora_that_is_off_is_named(model, clip, files):
+    given = chosen("cat.safetensors", "house.safetensors", "third.safetensors", strengths=(1.0, 0.0, 1.0))
+    given["prompts_3"] = PROMPTS[0]
+    assert quick(model, clip, steps=1, **given)[-1].startswith("house is off: its strength is 0.")
 
 
 def test_two_loras_with_the_same_trigger_words_get_a_warning(model, clip, told):

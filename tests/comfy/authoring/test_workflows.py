@@ -246,10 +246,11 @@ def test_calibration_samples_the_way_the_pictures_are_sampled(workflow, object_i
 def test_every_lora_has_at_least_four_calibration_prompts_and_none_twice(workflow, object_info):
     nodes = [node for node in of_type(workflow, "SSRPrompts") if node.get("title", "").startswith("SSR Prompts")]
     prompts = [values(node, object_info)["text"].splitlines() for node in nodes]
-    for node in of_type(workflow, "SSRQuickMerge"):
+    quick = of_type(workflow, "SSRQuickMerge")
+    for node in quick:
         texts = [values(node, object_info)[f"prompts_{number}"] for number in range(1, 5)]
         prompts += [text.splitlines() for text in texts if text]
-    assert len(prompts) >= 2
+    assert len(prompts) >= 2 or (quick and not prompts)  # it proposes some where none are written
     assert all(len(lines) >= 4 and all(lines) for lines in prompts)
     assert len(set(itertools.chain(*prompts))) == sum(map(len, prompts))
     for node in of_type(workflow, "SSRAddLoRA"):
