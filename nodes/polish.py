@@ -28,7 +28,7 @@ class SSRPolish(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model that the statistics were collected on."),
                 SSRStats.Input("stats", tooltip="From SSR Collect Stats: the LoRAs and their prompts."),
                 LoraModelSocket.Input("lora", tooltip="Their merge, from SSR Solve, at the rank that you want."),
-                inputs.steps("25 halve the error, 100 do nearly all that can be done.", default=100),
+                inputs.steps("25 take off most of the error that can be taken off, 100 nearly all.", default=100),
                 inputs.seed("Of the noise that it learns on, and the order."),
                 io.Int.Input(
                     "batch",
