@@ -37,6 +37,7 @@ from .points import Lesson, record, steps_of
 from .training import in_training
 
 NAME = "SSR Polish"
+FEW = 4  # prompts of a LoRA: of fewer, what is learnt is these more than the LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +97,8 @@ def polish(
             *(lesson.cases, settings, watch.on_point, watch.on_evaluation),
         )
     seconds = time.perf_counter() - started
-    report = _report(distilled, lesson, need, stats, settings, seconds)
-    tell(report.splitlines()[0])
+    report = "\n".join([_report(distilled, lesson, need, stats, settings, seconds), *_with_few_prompts(runs)])
+    tell("\n".join([report.splitlines()[0], *_with_few_prompts(runs)]))
     labels = tuple(case.label([one.task.name for one in loras]) for case in lesson.cases)
     return Polished(_replaced(lora, merged.updates, distilled, settings), report, distilled.history, labels)
 
@@ -148,6 +149,19 @@ def _runs(model: Any, stats: Stats, before: Any) -> list[tuple[Run, Mapping[str,
     if before is not None and not any(run.sampling.start for one in stats.sampled for run in one.runs):
         raise SSRError(f"{NAME}: model_before is connected, but the statistics begin at step 0; disconnect it.")
     return [(run, one.latent) for one in stats.sampled for run in one.runs]
+
+
+def _with_few_prompts(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
+    counts: dict[str, int] = {}
+    for run, _ in runs:
+        if len(run.case.case.speakers) == 1:
+            counts[run.case.name] = counts.get(run.case.name, 0) + len(run.prompts)
+    if few := [name for name, count in counts.items() if count < FEW]:
+        return [
+            f"Few prompts: {', '.join(few)}. What was learnt is these prompts, and on others it may be worse than "
+            f"before, a style above all. Give {FEW} to 8 that differ, or compare with SSR Compare on others."
+        ]
+    return []
 
 
 def _at_strengths_of(lora: Mapping[str, Tensor], stats: Stats) -> list[LoadedLora]:

@@ -63,6 +63,13 @@ def test_the_merge_comes_nearer_to_each_lora(model, two, merged, polished):
     assert all(late < early for early, late in zip(before, after, strict=True))
 
 
+def test_where_a_lora_has_few_prompts_the_report_says_what_that_means(model, two, polished):
+    assert "Few prompts: cat, house." in polished[1]
+    tasks = [task(lora, f"lora {seed}", 1.0, range(seed, seed + 4)) for seed, lora in enumerate(two)]
+    stats = collect(model, *tasks, steps=1)
+    assert "Few prompts" not in polish(model, stats, solve(stats)[0], steps=1, batch=1)[1]
+
+
 def test_it_is_no_larger_and_knows_what_was_done(merged, polished):
     lora, report, chart = polished
     assert {key: value.shape for key, value in lora.items()} == {key: value.shape for key, value in merged.items()}
