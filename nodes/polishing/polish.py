@@ -97,9 +97,10 @@ def polish(
             *(lesson.cases, settings, watch.on_point, watch.on_evaluation),
         )
     seconds = time.perf_counter() - started
-    report = "\n".join([_report(distilled, lesson, need, stats, settings, seconds), *_with_few_prompts(runs)])
-    tell("\n".join([report.splitlines()[0], *_with_few_prompts(runs)]))
     labels = tuple(case.label([one.task.name for one in loras]) for case in lesson.cases)
+    warnings = _with_few_prompts(runs)
+    report = "\n".join([_report(distilled, lesson, need, labels, settings, seconds), *warnings])
+    tell("\n".join([report.splitlines()[0], *warnings]))
     return Polished(_replaced(lora, merged.updates, distilled, settings), report, distilled.history, labels)
 
 
@@ -205,12 +206,11 @@ def _report(
     distilled: Distilled,
     lesson: Lesson,
     need: DistillationRequirement,
-    stats: Stats,
+    labels: Sequence[str],
     settings: DistillationSettings,
     seconds: float,
 ) -> str:
     start, best = distilled.start, distilled.best
-    names = [lora.task.name for lora in stats.loras]
     kept = f"kept that of step {best.step} of {settings.steps}"
     lines = [
         f"Error on held-out points: {start.error:.3f} -> {best.error:.3f}, {kept}, {seconds:.0f} s.",
@@ -226,8 +226,8 @@ def _report(
         )
     if distilled.stopped:
         lines.append(f"Stopped early: {distilled.stopped}. A lower learning rate may go further.")
-    width = max(len(case.label(names)) for case in lesson.cases)
+    width = max(map(len, labels))
     lines.append(f"{'':{width}}  {'merge':>8}  {'polished':>8}")
-    for number, case in enumerate(lesson.cases):
-        lines.append(f"{case.label(names):{width}}  {start.cases[number]:8.3f}  {best.cases[number]:8.3f}")
+    for label, before, after in zip(labels, start.cases, best.cases, strict=True):
+        lines.append(f"{label:{width}}  {before:8.3f}  {after:8.3f}")
     return "\n".join(lines)
