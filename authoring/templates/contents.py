@@ -8,7 +8,7 @@ from . import comparisons, families, scenarios
 from .graph import Group
 
 WORKFLOWS: dict[str, Callable[[], list[Group]]] = {
-    "first-steps-sdxl": scenarios.first_steps,
+    "START-HERE-first-steps-sdxl": scenarios.first_steps,
     "two-characters-flux": comparisons.two_characters_flux,
     "style-and-character-sdxl": comparisons.style_and_character_sdxl,
     "three-loras-zimage": comparisons.three_loras_zimage,

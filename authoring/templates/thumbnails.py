@@ -43,7 +43,7 @@ def retuned() -> list[Group]:
 
 # the same graph for the tiny model, the nodes to show, and whether they are shown after a run
 GRAPHS: dict[str, tuple[Callable[[], list[Group]], Sequence[str], bool]] = {
-    "first-steps-sdxl": (
+    "START-HERE-first-steps-sdxl": (
         lambda: scenarios.first_steps(tiny(), (MOCHI, ROBO), "mochi the cat on the beach"),
         *(("SSRQuickMerge",), True),
     ),
@@ -134,7 +134,7 @@ def compared(pairs: Sequence[tuple[Path, Path]]) -> Image.Image:
 
 def whole(opened: Frontend, info: ObjectInfo) -> Image.Image:
     """The first steps, done: the whole graph."""
-    ui = workflow("first-steps-sdxl", GRAPHS["first-steps-sdxl"][0](), info)
+    ui = workflow("START-HERE-first-steps-sdxl", GRAPHS["START-HERE-first-steps-sdxl"][0](), info)
     opened.page.set_viewport_size({"width": 1400, "height": 1100})
     opened.load(ui)
     opened.wait_until_done(opened.press_run())

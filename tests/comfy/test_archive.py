@@ -39,7 +39,7 @@ def test_the_project_validates_for_the_registry(monkeypatch):
 def test_the_archive_has_what_users_need_and_nothing_that_writes_or_downloads(archive):
     names = zipfile.ZipFile(archive).namelist()
     assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "locales/zh/nodeDefs.json"} <= set(names)
-    assert any(name.startswith("web/docs/") for name in names) and "workflows/first-steps-sdxl.jpg" in names
+    assert any(name.startswith("web/docs/") for name in names) and "workflows/START-HERE-first-steps-sdxl.jpg" in names
     folders = {name.split("/")[0] for name in names if "/" in name}
     assert not {"run.py", "noxfile.py"} & set(names)
     assert folders <= {"locales", "nodes", "ssr_core", "subgraphs", "web", "workflows"}

@@ -28,7 +28,7 @@ def shown(ran: Run, ui: Workflow, kind: str) -> dict[str, Any]:
 
 
 def test_the_first_steps_end_with_a_picture_a_report_and_a_file(demo_server: ComfyServer, object_info):
-    ui = graph("first-steps-sdxl", object_info)
+    ui = graph("START-HERE-first-steps-sdxl", object_info)
     ran = run(demo_server, ui, object_info)
     assert len(shown(ran, ui, "SaveImage")["images"]) == 1
     assert "mochi_cat" in "".join(shown(ran, ui, "PreviewAny")["text"])
