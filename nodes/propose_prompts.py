@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..ssr_core import LoraError
 from .calibrating.case_prompts import PAIRS
 from .reading.file_state import state_of
-from .reading.training_notes import TrainingNotes
+from .reading.training_notes import TRIGGER, TrainingNotes
 from .schema import inputs
 from .schema.sockets import say, schema
 from .wording.proposals import PROMPTS, propose, propose_pairs
@@ -74,7 +74,7 @@ class SSRProposePrompts(io.ComfyNode):
         notes = {number: TrainingNotes.read(file) for number, file in files.items()}
         prompts = {number: propose(found, count) for number, found in notes.items()}
         together = propose_pairs(list(prompts.values()), pairs)
-        called = [phrases({"modelspec.trigger_phrase": notes[number].phrase}, prompts[number]) for number in files]
+        called = [phrases({TRIGGER: notes[number].phrase}, prompts[number]) for number in files]
         say(cls, "\n\n".join(_shown(files, prompts, [*together, *namesakes([f.stem for f in files.values()], called)])))
         lines = ["\n".join(prompts.get(number, ())) for number in range(PICKERS)]
         return io.NodeOutput(*lines, "\n".join(together))

@@ -146,7 +146,8 @@ class SSRQuickMerge(io.ComfyNode):
                 warnings.append(f"{entry.name} is off: its strength is 0.")
             elif steps:
                 prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
-                warnings.append(unspoken(entry.name, TrainingNotes.read(entry.path).phrase, prompts))
+                if not proposed[entry.name]:  # a person wrote them
+                    warnings.append(unspoken(entry.name, TrainingNotes.read(entry.path).phrase, prompts))
                 task = replace(task, conditioning=encode_lines(clip, prompts, where))
             tasks.append(task)
         together = combinations_of(clip, combinations, f"{NAME}: combinations") if steps else []

@@ -85,8 +85,7 @@ def polish(
     for updates, amounts in starts:
         for amount in amounts:
             settings = ssr_core.DistillationSettings(amount)
-            wanted = settings.steps * settings.batch
-            lesson = nodes.points.record(patcher, loaded, modules, runs, ignore, ignore, wanted)
+            lesson = nodes.points.record(patcher, loaded, modules, runs, ignore, ignore, settings.points)
             yield ssr_core.distil(
                 *(patcher.model, patcher.model.diffusion_model, updates, lesson.points, lesson.held_out),
                 *(patcher.load_device, lesson.cases, settings),

@@ -13,12 +13,10 @@ import argparse
 from collections.abc import Iterator, Mapping
 
 import torch
-from real_models import empty, models
-from torch import nn
+from real_models import empty, models, shapes
 
 import machine
 from ssr_core import Requirement, Site, Subspace
-from ssr_core.distillation.frozen import blocks_of
 
 SIZES = ((2, 16), (4, 32), (8, 32))  # LoRAs, rank of each
 MORE = {"Flux": ((16, 32), (8, 128))}
@@ -45,16 +43,6 @@ def table(dtype: torch.dtype = torch.bfloat16) -> list[str]:
         weights = sum(one.numel() for one in network.parameters())
         lines += [[model, *row(layers, weights, *size, dtype)] for size in (*SIZES, *MORE.get(model, ()))]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def shapes(network: nn.Module) -> dict[str, torch.Size]:
-    """Of the weights of all linear and convolutional layers of the blocks."""
-    inside = {id(module) for block in blocks_of(network) for module in block.modules()}
-    return {
-        name: module.weight.shape
-        for name, module in network.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | nn.Conv2d)
-    }
 
 
 def row(layers: Mapping[str, torch.Size], weights: int, count: int, rank: int, dtype: torch.dtype) -> list[str]:

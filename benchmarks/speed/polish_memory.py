@@ -15,12 +15,11 @@ import importlib
 from typing import Any
 
 import torch
-from real_models import META, Named, empty, models
+from real_models import META, Named, empty, models, shapes
 from torch import Tensor, nn
 
 import machine
 from ssr_core import DistillationRequirement, LowRankUpdate, Point, Site, footprint
-from ssr_core.distillation.frozen import blocks_of
 
 RANKS = (16, 32, 64)
 CARDS = (12, 16, 24)  # GiB
@@ -53,16 +52,9 @@ def told(network: nn.Module, model: Named, rank: int, only_up: bool) -> Distilla
 
 
 def on_all_layers(network: nn.Module, rank: int) -> dict[Site, LowRankUpdate]:
-    """An update of each linear and convolutional layer of the blocks."""
-    inside = {id(module) for block in blocks_of(network) for module in block.modules()}
-    shapes = {
-        name: module.weight.shape
-        for name, module in network.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | nn.Conv2d)
-    }
     return {
         Site.whole(name, shape[0]): LowRankUpdate(empty(rank, *shape[1:]), empty(shape[0], rank))
-        for name, shape in shapes.items()
+        for name, shape in shapes(network).items()
     }
 
 

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import machine  # noqa: F401  (makes ssr_core importable)
+from ssr_core.distillation.frozen import blocks_of
+
 META = torch.device("meta")
 HALF = torch.bfloat16
 
@@ -28,6 +31,16 @@ class Named(NamedTuple):
 
 def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    """Of the weights of all linear and convolutional layers of the blocks."""
+    inside = {id(module) for block in blocks_of(network) for module in block.modules()}
+    return {
+        name: module.weight.shape
+        for name, module in network.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear | nn.Conv2d)
+    }
 
 
 def models() -> dict[str, Named]:

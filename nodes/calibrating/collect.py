@@ -26,7 +26,8 @@ from ..reading.combination import Combination, parted, without_off
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_tasks
 from ..reading.task import Task
-from ..wording.trigger_words import TRIGGER, namesakes, phrases, unspoken
+from ..reading.training_notes import TRIGGER
+from ..wording.trigger_words import namesakes, phrases, unspoken
 from .case_prompts import PAIRS, CasePrompts, cases_of
 from .circumstances import Circumstances
 from .diffusion_model import calibrate

@@ -16,6 +16,7 @@ import comfy.model_base
 
 from ...ssr_core import MergeSettings, Report
 from ..reading.loaded_lora import LoadedLora
+from ..reading.training_notes import TRIGGER
 from .circumstances import Circumstances
 
 _ARCHITECTURES = (  # only where the class of the model leaves no doubt: Flux may be dev or schnell, SD3 of any size
@@ -49,9 +50,9 @@ def describe(model: Any, loras: Sequence[LoadedLora], collections: Sequence[Circ
 
 def _credits(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Whom a merge is made of, and the words that call them."""
-    triggers = [str(s["modelspec.trigger_phrase"]) for s in sources if s.get("modelspec.trigger_phrase")]
+    triggers = [str(s[TRIGGER]) for s in sources if s.get(TRIGGER)]
     found = {"modelspec.merged_from": ", ".join(str(source["file"]) for source in sources)}
-    return found | ({"modelspec.trigger_phrase": ", ".join(triggers)} if triggers else {})
+    return found | ({TRIGGER: ", ".join(triggers)} if triggers else {})
 
 
 def with_collections(provenance: Mapping[str, str], collections: Sequence[Circumstances]) -> dict[str, str]:
@@ -90,7 +91,7 @@ def with_settings(
             source["strength_clip"] = 0.0
         source["strength"] = strength
     return {
-        **{key: value for key, value in provenance.items() if key != "modelspec.trigger_phrase"},
+        **{key: value for key, value in provenance.items() if key != TRIGGER},
         **_credits([source for source in sources if source["strength"] or source["strength_clip"]]),
         "modelspec.title": " + ".join(PurePath(name).stem for name in report.names),
         "ss_network_module": "networks.lora",
@@ -104,8 +105,8 @@ def with_settings(
 def of_part(metadata: Mapping[str, str], task: int) -> dict[str, str]:
     """Of what is left of one LoRA where a merge is split: the others stay named, the trigger words are its own."""
     source = json.loads(metadata["ssr.sources"])[task]
-    kept = {key: value for key, value in metadata.items() if key != "modelspec.trigger_phrase"}
-    own = {"modelspec.trigger_phrase": trigger} if (trigger := source.get("modelspec.trigger_phrase")) else {}
+    kept = {key: value for key, value in metadata.items() if key != TRIGGER}
+    own = {TRIGGER: trigger} if (trigger := source.get(TRIGGER)) else {}
     return {**kept, **own, "modelspec.title": PurePath(source["file"]).stem, "ssr.part": json.dumps(source)}
 
 

@@ -76,13 +76,12 @@ def polish(
     merged = read_task(Task("the merge", lora, 1.0, []), model).model
     if not merged.updates:
         raise LoraError(f"{NAME}: the merge changes no layer of this model that can be polished.")
-    wanted = settings.steps * settings.batch
-    sampled = steps_of(runs, wanted)
-    bar = comfy.utils.ProgressBar(sampled + wanted)
+    sampled = steps_of(runs, settings.points)
+    bar = comfy.utils.ProgressBar(sampled + settings.points)
     lesson = record(
         *(model, loras, {site.module for site in merged.updates}, runs, show_steps(model, sampled, bar)),
         lambda number, total: tell(f"{number + 1} of {total}: sampling, {runs[number][0].case.name}"),
-        wanted,
+        settings.points,
         before,
         room_for_points(),
     )

@@ -14,8 +14,9 @@ from ...ssr_core import LoraError
 from ...ssr_core.files.peft_config import read_peft_config
 from ...ssr_core.files.storage import owned, sha256, unchanged
 from .task import Task
+from .training_notes import TRIGGER
 
-_KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", "modelspec.trigger_phrase", "modelspec.title")
+_KEPT_METADATA = ("ss_base_model_version", "modelspec.architecture", TRIGGER, "modelspec.title")
 
 
 def read(task: Task) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,7 +13,8 @@ from typing import Any
 from ...ssr_core import LoraError
 from ...ssr_core.files.storage import read_metadata
 
-TRIGGERS = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word", "instance_prompt")
+TRIGGER = "modelspec.trigger_phrase"
+TRIGGERS = (TRIGGER, "trigger_phrase", "trigger_words", "trigger_word", "instance_prompt")
 CAPTION = 5  # words from which on an entry of the tag frequencies is a caption, and not a tag
 ALWAYS = 0.9  # share of the images from which on a tag is a trigger word
 MOST = 3  # of these

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
+from ..reading.training_notes import TRIGGER
 from .common_words import FILLERS, common_words, holds_all, words_of
 
-TRIGGER = "modelspec.trigger_phrase"
 MEDIA = frozenset(["drawing", "image", "illustration", "painting", "photo", "photograph", "picture", "portrait"])
 
 

@@ -44,6 +44,11 @@ class DistillationSettings:
     seed: int = 0  # of the order of the points
     only_up: bool = False  # `down` stays as it is: half of what learns, and of its memory
 
+    @property
+    def points(self) -> int:
+        """How many are learnt from over all steps, those that come again, too."""
+        return self.steps * self.batch
+
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.evaluations) < 1 or not 0 < self.learning_rate < math.inf:
             raise SolveError(f"{self} cannot be meant: all but seed have to be above 0.")
@@ -121,7 +126,7 @@ def _learn(
     for step in range(1, settings.steps + 1):
         for number, point in enumerate(next(batches), 1):
             student.see(point)
-            on_point((step - 1) * settings.batch + number, settings.steps * settings.batch)
+            on_point((step - 1) * settings.batch + number, settings.points)
         student.step()
         if step % every and step != settings.steps:
             continue
