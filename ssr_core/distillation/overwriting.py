@@ -53,7 +53,8 @@ class Overwriting(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _save(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        # a function may save its own answer, and a gradient that is never asked for would then keep itself alive
+        saved = _Saved(tensor.detach())
         self._by_storage.setdefault(tensor.untyped_storage()._cdata, WeakSet()).add(saved)
         return saved
 

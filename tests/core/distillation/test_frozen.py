@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ssr_core import SolveError
 from ssr_core.distillation.frozen import blocks_of, frozen
@@ -237,3 +238,17 @@ def test_a_block_that_passes_no_gradient_is_named():
     model.blocks[1] = Detached()
     with frozen(model), pytest.raises(SolveError, match=r"blocks\.1 \(Detached\)"):
         gradient(model, random(5, 8, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.tanh, lambda x: F.scaled_dot_product_attention(x, x, x)])
+def test_what_no_gradient_was_asked_for_is_gone(function):
+    """As of a block that somebody stopped while it was computed again: some functions save their own answer."""
+    before = alive()
+    with Overwriting():
+        function(2 * random(1, 4, 8, dtype=torch.float32).requires_grad_())
+    assert alive() == before
+
+
+def alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
