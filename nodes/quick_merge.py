@@ -24,8 +24,10 @@ from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, sch
 from .wording.proposals import listed, written_or_proposed
 from .wording.trigger_words import unspoken
 from .writing.kept_stats import kept_if_failing
+from .writing.lora_file import save_one
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
+from .writing.save_path import next_path
 
 PICKERS = 4
 NONE = "None"
@@ -57,7 +59,7 @@ class SSRQuickMerge(io.ComfyNode):
                     "the first LoRA of the stack.",
                 ),
                 inputs.combinations(
-                    "Prompts that ask for several LoRAs at once, one per line, after the numbers of these: "
+                    "Prompts that ask for several LoRAs at once, one per line, after their numbers or names: "
                     "1+3: mochi the cat, sepia style. none: before prompts where no LoRA should speak. Empty: "
                     "some prompts of each pair are made of the LoRAs' own.",
                     optional=True,
@@ -105,6 +107,14 @@ class SSRQuickMerge(io.ComfyNode):
                     "more time and memory. 0: no training.",
                     **ADVANCED,
                 ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    optional=True,
+                    placeholder="name of a file to save it to",
+                    tooltip="Name of a file under output/loras, where Load LoRA lists it; a number is added. Empty: "
+                    "not saved. A change merges anew; SSR Save LoRA behind this node does not.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the merged LoRA."),
@@ -113,6 +123,7 @@ class SSRQuickMerge(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What the merge keeps of each LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_output_node=True,  # a merge that is only saved, or only looked at, runs with nothing connected behind it
         )
 
     @classmethod
@@ -137,8 +148,11 @@ class SSRQuickMerge(io.ComfyNode):
         rank: int = 0,
         pairs: int = PAIRS,
         polish: int = 0,
+        save_as: str = "",
         **chosen: Any,
     ) -> io.NodeOutput:
+        if save_as.strip():
+            next_path("loras", save_as, NAME)  # a name that cannot be is said before anything is sampled
         tasks, proposed, warnings = [], {}, []
         for entry, lines, where in _chosen(lora_stack, chosen, PICKERS if steps else 0):
             task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
@@ -159,11 +173,12 @@ class SSRQuickMerge(io.ComfyNode):
             if polish:
                 polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
                 lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
+            saved = save_one(lora, save_as, "bfloat16", NAME)[1] if save_as.strip() else ""
             warnings, first = [*filter(None, warnings)], report.partition("\n\n")[0]
             if shown := listed(proposed):
                 report = "\n".join([report, *shown])
-            tell("\n".join([*warnings, first, "", *shown, *listed_pairs(stats.collections)]))
-            report = "\n\n".join([*warnings, report])
+            tell("\n".join([*warnings, first, saved, "", *shown, *listed_pairs(stats.collections)]))
+            report = "\n\n".join(filter(None, [*warnings, report, saved]))
             return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from .schema import inputs
 from .schema.sockets import LoraModelSocket, say, schema
-from .writing.lora_file import save
+from .writing.lora_file import save_one
 
 
 class SSRSaveLoRA(io.ComfyNode):
@@ -35,7 +35,6 @@ class SSRSaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
-        (listed,), size = save([(lora, filename_prefix)], dtype, "SSR Save LoRA")
-        text = f"Saved output/loras/{listed} ({size / 2**20:.1f} MiB). Load LoRA lists it as {listed}."
+        listed, text = save_one(lora, filename_prefix, dtype, "SSR Save LoRA")
         say(cls, text)
         return io.NodeOutput(listed, ui=ui.PreviewText(text))

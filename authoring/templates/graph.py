@@ -63,6 +63,7 @@ class Group:
     colour: str
     columns: Sequence[tuple[int, Sequence[Node | int]]]  # (width, nodes from top to bottom, numbers as space between)
     under: Group | None = None
+    closely: bool = False  # right below it, where only its first column has links that pass below groups
     bypassed: bool = False
     bounds: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, right, bottom
 
@@ -152,7 +153,8 @@ def _place(groups: Sequence[Group], info: ObjectInfo) -> None:
     for group in groups:
         top = 0
         if group.under is not None:
-            left, top = group.under.bounds[0], _floor(groups) + CORRIDOR
+            upper = group.under.bounds
+            left, top = upper[0], upper[3] + GROUP_GAP if group.closely else _floor(groups) + CORRIDOR
         right, bottom = left + MARGIN, top
         for width, column in group.columns:
             bottom = max(bottom, _stack(column, width, right, top + HEAD, info))

@@ -62,6 +62,7 @@ def first_steps(
             **{key: base.sampling[key] for key in ("cfg", "sampler_name", "scheduler")},
         },
         colour="fill in",
+        room=120,
     )
     prompt.inputs = {"clip": quick["clip"]}
     sockets = {"model": quick["model"], "positive": prompt["CONDITIONING"], "latent_image": latent["LATENT"]}
@@ -94,7 +95,7 @@ def first_steps(
         Group("1 Model", BLUE, [(330, [start, *base.nodes, latent, negative])]),
         Group("2 Merge", GREEN, [(420, [quick])]),
         use,
-        Group("4 Keep it", AMBER, [(330, kept), (440, [report(quick["report"])])], use),
+        Group("4 Keep it", AMBER, [(330, kept), (440, [report(quick["report"], height=400)])], use, closely=True),
     ]
 
 

@@ -37,6 +37,12 @@ def save(loras: Sequence[tuple[Any, str]], dtype: str, where: str) -> tuple[list
     return listed, size
 
 
+def save_one(lora: Any, name: str, dtype: str, where: str) -> tuple[str, str]:
+    """`save` of one LORA_MODEL: (the name under which Load LoRA lists it, a sentence that says so)."""
+    (listed,), size = save([(lora, name)], dtype, where)
+    return listed, f"Saved output/loras/{listed} ({size / 2**20:.1f} MiB). Load LoRA lists it as {listed}."
+
+
 def _balanced(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """With both factors of each pair equally large: float16 holds the smallest values of some LoRAs only so."""
     tensors = dict(lora)

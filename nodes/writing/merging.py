@@ -162,7 +162,7 @@ def _text_strengths(stats: Stats, strengths: Sequence[float]) -> tuple[float, ..
 
 def _text_notes(text: Merge | None) -> Iterator[str]:
     if text is not None:
-        yield f"\nText encoder: {text.report.details}\n"
+        yield f"\nText encoder:\n{text.report.details}\n"
 
 
 def _notes(stats: Stats, report: Report, rules: Sequence[Rule]) -> Iterator[str]:

@@ -14,7 +14,8 @@ from .summary import FEW_LEVELS, Summary
 
 UNMEASURED = (
     "Merged from the weights alone: the model was not run, so nobody knows what the LoRAs really add to each other's "
-    "prompts. A calibration with some prompts of each LoRA tells; on small models it left half of the error."
+    "prompts.\nNext: calibrate, with four steps or more and some prompts of each LoRA; on small models that left half "
+    "of the error."
 )
 RANKS = (4, 8, 16, 32, 64, 128, 256)  # at which the report tells what would be lost
 
@@ -123,23 +124,28 @@ class Report:
     def _table(self) -> list[str]:
         labels = [case.label(self.names) for case in self.cases]
         width = max(4, *map(len, labels))
-        lines = [
-            f"{len(self.names)} LoRAs, {len(self.sites)} sites, {len(self.shared)} of them shared by two or more",
-            f"{'LoRA':<{width}}  strength   tokens  plain stack  this merge",
-        ]
+        lines = [f"{'':<{width}}  plain stack  this merge  strength   tokens"]
         for number, label in enumerate(labels):
             strength = f"{self.strengths[number]:.2f}" if number < len(self.names) else ""
             tokens = max((site.tokens[number] for site in self.routed), default=0)
-            errors = "".join(f"{_figure(self.error(number, kind)):>13}" for kind in ("stack", "merge"))
-            lines.append(f"{label:<{width}}  {strength:>8} {tokens:>8}{errors}")
+            stack = "reference" if self._is_stack(number) else _figure(self.error(number, "stack"))
+            lines.append(
+                f"{label:<{width}}  {stack:>11}  {_figure(self.error(number)):>10}  {strength:>8} {tokens:>8}".rstrip()
+            )
         where = "on the calibration tokens" if self.measured else "as the weights alone let one expect it"
         lines.append(f"Error {where}: 0 = these LoRAs alone, 1 = as if they were not there.")
         if self.refined:
             lines.append("That of this merge is told as it is before refinement, which lowers it.")
         return lines
 
+    def _is_stack(self, case: int) -> bool:
+        """Whether what a case asks for is all LoRAs: they stacked are what it is compared with."""
+        return 1 < len(self.names) == len(self.cases[case].speakers)
+
     def _remarks(self) -> list[str]:
-        remarks = self._of_calibration() if self.measured else []
+        shared = f"{len(self.shared)} of them shared by two or more"
+        remarks = [f"{len(self.names)} LoRAs, {len(self.sites)} sites, {shared}."]
+        remarks += self._of_calibration() if self.measured else []
         if dropped := [site for site in self.sites if not site.rank]:
             remarks.append(f"{_count(dropped)} left out as asked: {_some(dropped)}.")
         if worse := self.worse_than_stack():

@@ -2,36 +2,20 @@
 
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-import comfy_runtime as runtime
 from authoring import blueprint
-from demo.run import ASSETS, MODELS
 from demo.scenes import LORAS
-from hosting.server import ComfyServer, Event, Interrupted, prepare_base_directory
+from hosting.server import ComfyServer, Event, Interrupted
 from server_graphs import node
 
 pytestmark = pytest.mark.server
 
 PROMPTS = ("mochi the cat on grass\nmochi the cat at night", "robo the robot in the snow\nrobo the robot on grass")
 SAMPLING = {"sampler_name": "euler", "scheduler": "simple", "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def demo(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base_directory = prepare_base_directory(
-        tmp_path_factory.mktemp("comfy-demo-nodes"),
-        pack_root=runtime.ROOT,
-        models={folder: [ASSETS / name for name in names] for folder, names in MODELS.items()},
-        custom_nodes=[runtime.ROOT / "demo" / "custom_nodes" / "tiny_text_encoder"],
-    )
-    with ComfyServer(comfyui, base_directory) as running:
-        yield running
 
 
 def loaders() -> dict[str, Any]:
@@ -63,12 +47,14 @@ def compare(steps: int = 3, **more: Any) -> dict[str, Any]:
     return graph | {"compare": node("SSRCompare", **given, **SAMPLING, **more)}
 
 
-def test_a_quick_merge_is_compared_in_one_grid_with_progress_over_all_of_it(demo: ComfyServer):
+def test_a_quick_merge_is_compared_in_one_grid_with_progress_over_all_of_it(demo_server: ComfyServer):
     events: list[Event] = []
-    run = demo.run(loaders() | quick() | compare() | {"say": node("PreviewAny", source=["quick", 3])}, events.append)
+    run = demo_server.run(
+        loaders() | quick() | compare() | {"say": node("PreviewAny", source=["quick", 3])}, events.append
+    )
     assert "2 LoRAs" in "".join(run.outputs["say"]["text"])
     (image,) = run.outputs["compare"]["images"]
-    with Image.open(demo.base_directory / image["type"] / image["subfolder"] / image["filename"]) as grid:
+    with Image.open(demo_server.base_directory / image["type"] / image["subfolder"] / image["filename"]) as grid:
         assert grid.width == 256 + 8 + 6 * (256 + 8) and 2 * 256 < grid.height < 3 * 256
     steps = [e.data for e in events if e.kind == "progress" and e.data.get("node") == "compare"]
     assert (steps[-1]["value"], steps[-1]["max"]) == (36, 36)  # 6 models, 2 prompts, 3 steps
@@ -76,39 +62,39 @@ def test_a_quick_merge_is_compared_in_one_grid_with_progress_over_all_of_it(demo
     assert "4 of 6: plain stack" in told and any(text.endswith("measuring, mochi_cat") for text in told)
 
 
-def test_another_seed_of_the_comparison_does_not_merge_again(demo: ComfyServer):
-    demo.run(loaders() | quick() | compare())
-    run = demo.run(loaders() | quick() | compare(steps=1))
+def test_another_seed_of_the_comparison_does_not_merge_again(demo_server: ComfyServer):
+    demo_server.run(loaders() | quick() | compare())
+    run = demo_server.run(loaders() | quick() | compare(steps=1))
     assert "quick" in run.cached and "compare" in run.executed
 
 
-def test_a_comparison_can_be_stopped_and_started_again(demo: ComfyServer):
+def test_a_comparison_can_be_stopped_and_started_again(demo_server: ComfyServer):
     stopped = threading.Event()
 
     def stop(event: Event) -> None:
         if event.kind == "progress" and event.data.get("node") == "compare" and not stopped.is_set():
             stopped.set()
-            demo.interrupt()
+            demo_server.interrupt()
 
     with pytest.raises(Interrupted):
-        demo.run(loaders() | quick() | compare(steps=400), stop)
+        demo_server.run(loaders() | quick() | compare(steps=400), stop)
     assert stopped.is_set()
-    assert demo.run(loaders() | quick() | compare(steps=1)).outputs["compare"]["images"]
+    assert demo_server.run(loaders() | quick() | compare(steps=1)).outputs["compare"]["images"]
 
 
 # --- the blueprint ---
 
 
-def test_comfyui_lists_the_blueprint_of_the_pack(demo: ComfyServer):
-    found = demo._request("/global_subgraphs").values()
+def test_comfyui_lists_the_blueprint_of_the_pack(demo_server: ComfyServer):
+    found = demo_server._request("/global_subgraphs").values()
     assert "SSR Merge" in [entry["name"] for entry in found if entry["source"] == "custom_node"]
 
 
-def test_the_blueprint_has_the_sockets_and_widgets_that_the_nodes_have(demo: ComfyServer):
-    assert json.loads(blueprint.FILE.read_text(encoding="utf-8")) == blueprint.blueprint(demo.object_info())
+def test_the_blueprint_has_the_sockets_and_widgets_that_the_nodes_have(demo_server: ComfyServer):
+    assert json.loads(blueprint.FILE.read_text(encoding="utf-8")) == blueprint.blueprint(demo_server.object_info())
 
 
-def test_the_blueprint_merges(demo: ComfyServer):
+def test_the_blueprint_merges(demo_server: ComfyServer):
     """Its inner graph, with what the outer node is given put where its links lead, as the frontend does."""
     (outer,) = json.loads(blueprint.FILE.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
     given = {
@@ -132,7 +118,7 @@ def test_the_blueprint_merges(demo: ComfyServer):
         graph[str(inner["id"])] = node(inner["type"], **inputs)
     places = {one["name"]: link for one, link in zip(outer["outputs"], _ends(outer), strict=True)}
     assert list(places) == ["model", "clip", "lora", "report"]
-    run = demo.run(graph | {"say": node("PreviewAny", source=places["report"])})
+    run = demo_server.run(graph | {"say": node("PreviewAny", source=places["report"])})
     assert "mochi_cat" in "".join(run.outputs["say"]["text"])
 
 

@@ -141,8 +141,9 @@ def test_pressing_run_ends_with_pictures_a_report_and_a_changed_ridge_only_solve
     workflow = demo_workflow()
     frontend.load(workflow)
     (collect,), (solve,) = of_type(workflow, "SSRCollectStats"), of_type(workflow, "SSRSolve")
+    frontend.set_widget(collect, "steps", 4)  # more of them, and of the next, take minutes and show no more here
     for polish in of_type(workflow, "SSRPolish"):
-        frontend.set_widget(polish, "steps", 2)  # a hundred take a minute, and show no more here
+        frontend.set_widget(polish, "steps", 2)
     shown = [*of_type(workflow, "SaveImage"), *of_type(workflow, "PreviewImage")]
     history = frontend.wait_until_done(frontend.press_run())
     assert history["status"]["status_str"] == "success"

@@ -207,6 +207,21 @@ def test_it_can_polish_the_merge(model, clip, files):
     assert plain[2][key].shape == polished[2][key].shape and not torch.equal(plain[2][key], polished[2][key])
 
 
+def test_it_saves_the_merge_where_load_lora_lists_it_if_a_name_is_given(model, clip, files, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(importlib.import_module("folder_paths"), "output_directory", str(tmp_path))
+    given = chosen("cat.safetensors", "house.safetensors")
+    *_, lora, report = quick(model, clip, steps=1, save_as="both/cat house", **given)
+    (path,) = (tmp_path / "loras").rglob("*.safetensors")
+    assert path.relative_to(tmp_path / "loras").as_posix() == "both/cat house_00001_.safetensors"
+    assert "Saved output/loras/both/cat house_00001_.safetensors" in report and load_file(path).keys() == lora.keys()
+    assert "Saved" not in quick(model, clip, steps=1, save_as=" ", **given)[-1]
+    assert len(list((tmp_path / "loras").rglob("*.safetensors"))) == 1
+    with pytest.raises(importlib.import_module("ssr_pack.ssr_core").SSRError, match="leads out of output/loras"):
+        execute(node("quick_merge.SSRQuickMerge"), model=None, clip=None, latent=None, save_as="../x", **given)
+
+
 # --- prompts that nobody wrote ---
 
 

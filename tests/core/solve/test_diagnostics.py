@@ -103,16 +103,17 @@ def test_sites_of_one_lora_are_not_counted_in_the_errors():
 
 def test_the_text_has_one_line_per_lora_with_its_numbers():
     lines = Report(("cat", "long name"), (1.0, 0.5), (site_report(),)).details.splitlines()
-    assert lines[0] == "2 LoRAs, 1 sites, 1 of them shared by two or more"
-    assert lines[2].split() == ["cat", "1.00", "40", "0.500", "0.250"]
-    assert lines[3].split() == ["long", "name", "0.50", "50", "0.500", "0.333"]
+    assert lines[0].split() == ["plain", "stack", "this", "merge", "strength", "tokens"]
+    assert lines[1].split() == ["cat", "0.500", "0.250", "1.00", "40"]
+    assert lines[2].split() == ["long", "name", "0.500", "0.333", "0.50", "50"]
+    assert lines[4] == "2 LoRAs, 1 sites, 1 of them shared by two or more."
     assert lines[5].startswith("Never heard together: cat and long name.") and len(lines) == 6
 
 
 def test_an_error_that_cannot_be_known_is_a_dash():
     lonely = SiteReport(Site.whole("b", 6), (2, 0), 2)
     lines = Report(("cat", "dog"), (1.0, 1.0), (lonely,)).details.splitlines()
-    assert lines[2].split() == ["cat", "1.00", "0", "-", "-"]
+    assert lines[1].split() == ["cat", "-", "-", "1.00", "0"]
 
 
 def test_sites_with_fewer_tokens_than_rank_are_named():
