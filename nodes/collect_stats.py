@@ -15,7 +15,7 @@ from .calibrating.stats import Stats
 from .reading.combination import Combination
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, SSRStats, SSRTasks, say, schema
+from .schema.sockets import ADVANCED, SSRStats, SSRTasks, ending_said, say, schema
 
 
 class SSRCollectStats(io.ComfyNode):
@@ -147,6 +147,7 @@ class SSRCollectStats(io.ComfyNode):
         )
 
     @classmethod
+    @ending_said
     def execute(
         cls,
         model: Any,

@@ -15,7 +15,7 @@ from .pictures.sheet import Sheet
 from .reading.combination import Combination, parted
 from .reading.task import Task
 from .schema import inputs
-from .schema.sockets import ADVANCED, LoraModelSocket, SSRSheet, SSRTasks, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, SSRSheet, SSRTasks, ending_said, say, schema
 
 
 class SSRCompare(io.ComfyNode):
@@ -80,6 +80,7 @@ class SSRCompare(io.ComfyNode):
         )
 
     @classmethod
+    @ending_said
     def execute(
         cls,
         model: Any,

@@ -10,7 +10,7 @@ from .calibrating.stats import Stats
 from .pictures.learning_curve import learning_curve
 from .polishing.polish import DistillationSettings, polish
 from .schema import inputs
-from .schema.sockets import ADVANCED, LoraModelSocket, SSRStats, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, SSRStats, ending_said, say, schema
 
 
 class SSRPolish(io.ComfyNode):
@@ -72,6 +72,7 @@ class SSRPolish(io.ComfyNode):
         )
 
     @classmethod
+    @ending_said
     def execute(
         cls,
         model: Any,

@@ -20,7 +20,7 @@ from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
 from .reading.training_notes import TrainingNotes
 from .schema import inputs
-from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, ending_said, say, schema
 from .wording.proposals import listed, written_or_proposed
 from .wording.trigger_words import unspoken
 from .writing.kept_stats import kept_if_failing
@@ -132,6 +132,7 @@ class SSRQuickMerge(io.ComfyNode):
         return [state_of(folder_paths.get_full_path("loras", name), name) for name in names]
 
     @classmethod
+    @ending_said
     def execute(
         cls,
         model: Any,

@@ -119,10 +119,8 @@ class _Watch:
         try:
             yield
         except comfy.model_management.InterruptProcessingException:
-            self._tell(
-                f"Stopped at step {self._step}; nothing is kept. With steps at {max(self._step, 1)} it ends there."
-            )
-            raise
+            said = f"Stopped at step {self._step}; nothing is kept. With steps at {max(self._step, 1)} it ends there."
+            raise comfy.model_management.InterruptProcessingException(said) from None
 
     def on_point(self, done: int, total: int) -> None:
         self._step = done // self._settings.batch

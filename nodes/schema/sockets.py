@@ -7,8 +7,11 @@ Task in `reading`, Stats in `calibrating`, LoraModel in `writing`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 from server import PromptServer
 
@@ -31,6 +34,23 @@ def say(cls: type[io.ComfyNode], text: str) -> None:
     """A line of text on the node that runs."""
     if PromptServer.instance is not None and cls.hidden.unique_id is not None:
         PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+
+
+def ending_said(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """Has a node whose work takes long say why it ended early, in the place of what it was at."""
+
+    @wraps(execute)
+    def executed(cls: type[io.ComfyNode], *given: Any, **named: Any) -> io.NodeOutput:
+        try:
+            return execute(cls, *given, **named)
+        except InterruptProcessingException as stop:
+            say(cls, str(stop) or "Stopped; nothing of this run is kept.")
+            raise
+        except Exception as error:
+            say(cls, str(error))
+            raise
+
+    return executed
 
 
 # folds an input away in the frontend, where ComfyUI knows how

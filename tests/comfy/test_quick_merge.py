@@ -126,6 +126,24 @@ def test_what_is_missing_is_told_with_the_place_where_it_goes(model, clip, files
         quick(model, clip, **inputs())
 
 
+def test_an_error_or_a_stop_takes_the_place_of_what_the_node_last_said(model, clip, files, monkeypatch):
+    management, told = importlib.import_module("comfy.model_management"), []
+    for module in ("quick_merge", "schema.sockets"):
+        monkeypatch.setattr(f"ssr_pack.nodes.{module}.say", lambda cls, text: told.append(text))
+    given = chosen("cat.safetensors", "house.safetensors")
+    with pytest.raises(importlib.import_module("ssr_pack.ssr_core").SSRError) as raised:
+        quick(model, clip, **given, combinations="1+3: both")
+    assert told[-1] == str(raised.value)
+
+    def stopped():
+        raise management.InterruptProcessingException
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stopped)
+    with pytest.raises(management.InterruptProcessingException):
+        quick(model, clip, **given)
+    assert told[-1] == "Stopped; nothing of this run is kept."
+
+
 def test_a_rank_makes_the_result_smaller(model, clip, files):
     inputs = chosen("cat.safetensors", "house.safetensors")
     sizes = [

@@ -142,14 +142,14 @@ def test_bad_input(model, stats, merged, two, tmp_path):
 
 def test_an_interrupt_keeps_nothing_and_says_what_to_do(model, stats, merged, monkeypatch):
     management = importlib.import_module("comfy.model_management")
-    module = importlib.import_module("ssr_pack.nodes.polish")
     told = []
 
     def interrupted():
         if any(text.startswith("Step 4 ") for text in told):
             raise management.InterruptProcessingException()
 
-    monkeypatch.setattr(module, "say", lambda cls, text: told.append(text))
+    for module in ("polish", "schema.sockets"):
+        monkeypatch.setattr(f"ssr_pack.nodes.{module}.say", lambda cls, text: told.append(text))
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
     with pytest.raises(management.InterruptProcessingException):
         polish(model, stats, merged)
