@@ -36,7 +36,7 @@ from testbed import Deltas, Testbed  # noqa: E402
 Budget = tuple[int, int]  # steps, prompts
 
 BUDGETS = ((1, 1), (1, 4), (4, 4), (8, 8))
-SETS = {"held-out": cast.HELD_OUT, "tuning": cast.TUNING}
+SETS = {"held-out": cast.HELD_OUT, "tuning": cast.TUNING, "all": (*cast.HELD_OUT, *cast.TUNING)}
 
 
 def subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
