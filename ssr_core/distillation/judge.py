@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SolveError
+from ..measure.placed import sent
 from ..solve.weights import case_weights
 from ..statistics.case import Case
 from .point import Point
@@ -82,5 +83,5 @@ def distance(point: Point, network: nn.Module, device: torch.device) -> Tensor:
     """Mean squared difference of what the model answers now from what it answered with the case's LoRAs."""
     answer = point.answer(network, device)
     pairs = zip(answer, point.target, strict=True)
-    squares = [(ours.float() - target.to(device).float()).square().sum() for ours, target in pairs]
+    squares = [(ours.float() - sent(target, device).float()).square().sum() for ours, target in pairs]
     return torch.stack(squares).sum() / sum(target.numel() for target in point.target)

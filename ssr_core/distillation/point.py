@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SolveError
+from ..measure.placed import sent
 from .hooks import Hooks
 from .structure import replaced, tensors_in
 
@@ -27,7 +28,7 @@ class Point:
     def answer(self, network: nn.Module, device: torch.device) -> tuple[Tensor, ...]:
         """What the model answers now."""
         # copies: what was kept under inference mode takes no part in gradients, and a model may write into its inputs
-        fresh = lambda tensor: tensor.to(device, copy=True)  # noqa: E731
+        fresh = lambda tensor: sent(tensor, device, copy=True)  # noqa: E731
         return tuple(
             tensors_in(network(*replaced(self.args, Tensor, fresh), **replaced(dict(self.kwargs), Tensor, fresh)))
         )

@@ -36,6 +36,6 @@ class PlacedUp:
         return cls(sent((up.float() / power).to(dtype), device), strength * power)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
     """On the device; the host does not wait for it where it need not."""
-    return tensor.to(device, non_blocking=device.type == "cuda")  # elsewhere it may be read before it has arrived
+    return tensor.to(device, non_blocking=device.type == "cuda", copy=copy)  # elsewhere it may be read before it has arrived
