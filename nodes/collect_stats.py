@@ -59,7 +59,7 @@ class SSRCollectStats(io.ComfyNode):
                     max=8,
                     optional=True,
                     tooltip="How many times a first merge is tried beside each LoRA alone, so that the final one makes "
-                    "up for what merging does to the layers' inputs. Each time takes twice as long as measuring. "
+                    "up for what merging does to the layers' inputs. Each time takes as long as measuring. "
                     "Skipped below 3 steps.",
                     **ADVANCED,
                 ),

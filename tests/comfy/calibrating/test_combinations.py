@@ -308,6 +308,19 @@ def test_pairs_that_nobody_asked_for_are_measured_and_not_refined(model):
         assert {run.index for run in plan if run.kind is runs.Kind.REFINE} == refined
 
 
+@pytest.mark.parametrize(("steps", "refined"), [(3, 3), (4, 3), (8, 4), (20, 10)])
+def test_refinements_take_half_of_the_steps_but_three_and_all_of_a_range(model, steps, refined):
+    runs, case_prompts = (module(f"nodes.calibrating.{name}") for name in ("runs", "case_prompts"))
+    cases = case_prompts.cases_of(with_texts(2), ())
+    for sampling, wanted in (
+        (runs.Sampling(0, steps, "euler", "simple"), refined),
+        (runs.Sampling(0, steps + 2, "euler", "simple", start=2), steps + 2),
+    ):
+        plan = runs.plan(cases, sampling, 0, 1)
+        assert {run.sampling.steps for run in plan if run.kind is runs.Kind.REFINE} == {wanted}
+        assert {run.sampling.steps for run in plan if run.kind is runs.Kind.MEASURE} == {sampling.steps}
+
+
 def test_statistics_hold_no_text_encoder(model):
     import gc
     import weakref
