@@ -38,7 +38,7 @@ MODELS = {
     "diffusion_models": ["tiny_flux.safetensors"],
     "text_encoders": ["tiny_clip.safetensors"],
     "vae_approx": ["taef1_decoder.safetensors", "taef1_encoder.safetensors"],
-    "loras": [*LORAS, "blueprint_style.safetensors"],  # another style to try, and a hard case: see the README's limits
+    "loras": [*LORAS],
 }
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains everything in demo/assets from nothing, on a CPU, with ComfyUI's own modules.
 
-    COMFYUI_PATH=/path/to/ComfyUI python demo/train.py                            # all of it, under an hour on 2 cores
+    COMFYUI_PATH=/path/to/ComfyUI python demo/train.py                            # all of it, in two hours on 2 cores
     COMFYUI_PATH=/path/to/ComfyUI python demo/train.py lora:mochi lora:robo       # some of it, on top of what is there
 
 Steps, in the order in which they depend on each other: components (the latent space), text (a frozen random text
-encoder), decoder, encoder, base, finish, lora:mochi, lora:robo, lora:blueprint, lora:sepia. Seeds are fixed; another
+encoder), decoder, encoder, base, finish, narrow, lora:mochi, lora:robo, lora:sepia. Seeds are fixed; another
 machine's rounding still leads to other, equally good weights.
 """
 
@@ -28,6 +28,7 @@ def training_steps(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         "encoder": partial(autoencoder.train_encoder, args.encoder_steps),
         "base": partial(diffusion.train_base, args.base_steps, args.batch),
         "finish": partial(diffusion.finish_base, args.finish_steps, args.batch),
+        "narrow": diffusion.narrow_base,
         **{f"lora:{name}": partial(lora.train_lora, name, args.lora_batch) for name in lora.RECIPES},
     }
 

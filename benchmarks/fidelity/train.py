@@ -3,7 +3,7 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/fidelity/train.py --width 384
 
-At width 128 the base model is the demo's own. What exists already is not trained again, so an interrupted run goes on
+At width 256 the base model is the demo's own. What exists already is not trained again, so an interrupted run goes on
 where it was.
 """
 
@@ -35,10 +35,9 @@ def folder_of(width: int) -> Path:
 
 
 def config(width: int) -> dict:
-    """The demo's model at another width, with fewer blocks where they are large."""
-    if width == DEMO_WIDTH:
-        return diffusion.CONFIG
-    return {**diffusion.CONFIG, "hidden_size": width, "num_heads": width // HEAD, "depth_single_blocks": 3}
+    """The demo's model at another width, with more blocks where they are small."""
+    blocks = 5 if width == HEAD else diffusion.CONFIG["depth_single_blocks"]
+    return {**diffusion.CONFIG, "hidden_size": width, "num_heads": width // HEAD, "depth_single_blocks": blocks}
 
 
 def base_model(width: int) -> nn.Module:

@@ -6,8 +6,9 @@
 The model is diffusers' Flux transformer with random weights. The paper's runner (github.com/nagara214/SSR-Merge) runs
 unmodified; it copies the state dict, adds each LoRA to the weights and restores them. Ours does the same work on the
 same calibration points (first row), then with context rows from a survey of one step of each prompt, then with a first
-merge that is tried beside each LoRA. Every run is a process of its own, in turn; importing and building the model are
-not counted. Memory is the peak of the process above what it had before, with the model there. Linux, for /proc.
+merge that is tried beside each LoRA at half of the steps, three at least. Every run is a process of its own, in turn;
+importing and building the model are not counted. Memory is the peak of the process above what it had before, with the
+model there. Linux, for /proc.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def ours(
     if refine:
         for task, prompt in enumerate(prompts):
             with torch.no_grad(), collector.refining(pipe.dit, task, merge.updates) as run:
-                both(pipe, run, prompt, steps)
+                both(pipe, run, prompt, min(steps, max(3, -(-steps // 2))))  # as the nodes do
         merge = ssr_core.merge(collector.calibration())
     ssr_core.save_lora(merge.updates, output)
 

@@ -72,7 +72,6 @@ CONDITIONING = ("_mod.lin", ".modulation.lin", "txt_attn.qkv", "txt_attn.proj", 
 RECIPES = {
     "mochi": Recipe("mochi_cat", "mochi the cat", 8, kohya_file, world.character_scenes, 300, 10),
     "robo": Recipe("robo_robot", "robo the robot", 8, native_file, world.character_scenes, 300, 11),
-    "blueprint": Recipe("blueprint_style", world.STYLE, 16, diffusers_file, world.ordinary_scenes, 500, 12),
     "sepia": Recipe(
         "sepia_style", world.SEPIA, 16, diffusers_file, world.ordinary_scenes, 400, 12, layers=CONDITIONING
     ),

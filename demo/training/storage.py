@@ -14,10 +14,14 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def save(name: str, tensors: dict[str, Tensor], dtype: torch.dtype, *, folder: Path = ASSETS, **about: object) -> None:
-    """Replaces <folder>/<name>.safetensors at once, so that nobody reads half a file."""
+def save(
+    name: str, tensors: dict[str, Tensor], dtype: torch.dtype | None = None, *, folder: Path = ASSETS, **about: object
+) -> None:
+    """Replaces <folder>/<name>.safetensors at once, so that nobody reads half a file. `dtype`: None = as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    converted = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()}
+    converted = {
+        k: (v.to(dtype or v.dtype) if v.is_floating_point() else v).contiguous().clone() for k, v in tensors.items()
+    }
     metadata = {"modelspec.title": name, "modelspec.license": "Apache-2.0", "trained_by": "demo/train.py"}
     metadata |= {key: str(value) for key, value in about.items()}
     path, temporary = folder / f"{name}.safetensors", folder / f".{name}.part"

@@ -38,4 +38,5 @@ class PlacedUp:
 
 def sent(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
     """On the device; the host does not wait for it where it need not."""
-    return tensor.to(device, non_blocking=device.type == "cuda", copy=copy)  # elsewhere it may be read before it has arrived
+    unhurried = device.type == "cuda"  # elsewhere it may be read before it has arrived
+    return tensor.to(device, non_blocking=unhurried, copy=copy)
