@@ -209,9 +209,20 @@ class Refinement(Recording):
         if known is None:
             sites = (site for signal in tap.signals for site in signal.sites)
             updates = ((site, self._updates[site]) for site in sites if site in self._updates)
-            known = [(site, layer.place(update.down, where), PlacedUp.of(update.up, where)) for site, update in updates]
+            known = [
+                (site, layer.place(_rounded(update.down, where), where), PlacedUp.of(update.up, where))
+                for site, update in updates
+            ]
             self._placed[tap.module, where] = known
         return known
+
+
+def _rounded(down: Tensor, where: Place) -> Tensor:
+    """Of a merge: what rounding takes from it, the corrections make up for, and it takes half of the memory.
+
+    Not in float16, which the smallest values of a merge would vanish in.
+    """
+    return down.to(torch.bfloat16) if where[1] == torch.bfloat16 else down
 
 
 def _numberless(module: str) -> str:

@@ -140,7 +140,7 @@ class _Size:
     out: int
     itemsize: int  # of what layers compute in
     sets: int  # of rows of `down`: two where rounding would take something from one
-    merged_sets: int  # the same of a merge, which is in float32
+    merged_sets: int  # the same of a merge that is tried
     waiting: int  # tokens
 
     @classmethod
@@ -151,7 +151,7 @@ class _Size:
         rows = len(space.down) + (0 if space.context else min(context, space.down.shape[1]))
         own = space.rank if combinations else max(space.ranks)
         sets = 1 if is_exact(space.down, dtype) else 2
-        merged_sets = 1 if dtype.itemsize >= 4 else 2
+        merged_sets = 2 if dtype == torch.float16 else 1
         return cls(rows, space.rank, own, inputs, site.stop - site.start, dtype.itemsize, sets, merged_sets, waiting)
 
     @property
