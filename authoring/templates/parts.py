@@ -181,7 +181,8 @@ def report(source: Source, title: str = "Report: what the merge keeps", height: 
 
 
 def save(lora: Source, name: str, title: str = "SSR Save LoRA (output/loras)", **values: Any) -> Node:
-    return Node("SSRSaveLoRA", title, {"lora": lora}, {"filename_prefix": name, **values}, colour="merge")
+    inputs, given = {"lora": lora}, {"filename_prefix": name, **values}
+    return Node("SSRSaveLoRA", title, inputs, given, room=76, colour="merge")
 
 
 def merging() -> Node:

@@ -89,13 +89,13 @@ def first_steps(
         "For more control open the template *two-characters-flux* or *style-and-character-sdxl*: there each step is a "
         "node of its own, and a comparison is included.",
     )
-    use = Group("3 Use it", PURPLE, [(330, [prompt, sampler, decoded]), (440, [image])])
+    use = Group("3 Use it", PURPLE, [(330, [prompt, sampler, decoded]), (540, [image])])
     kept = [save(quick["lora"], "first-steps"), expect]
     return [
         Group("1 Model", BLUE, [(330, [start, *base.nodes, latent, negative])]),
         Group("2 Merge", GREEN, [(420, [quick])]),
         use,
-        Group("4 Keep it", AMBER, [(330, kept), (440, [report(quick["report"], height=400)])], use, closely=True),
+        Group("4 Keep it", AMBER, [(330, kept), (540, [report(quick["report"], height=420)])], use, closely=True),
     ]
 
 

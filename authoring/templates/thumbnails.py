@@ -140,7 +140,7 @@ def whole(opened: Frontend, info: ObjectInfo) -> Image.Image:
     opened.wait_until_done(opened.press_run())
     opened.clear()
     shot = opened.cut_out(*(node["id"] for node in ui["nodes"]))
-    opened.page.wait_for_timeout(1000)
+    opened.page.wait_for_timeout(6000)  # until what it says of the job is gone
     shot = opened.cut_out(*(node["id"] for node in ui["nodes"]))
     return Image.open(io.BytesIO(shot)).convert("RGB")
 
