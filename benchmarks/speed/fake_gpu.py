@@ -1,61 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """What collecting does on a GPU, counted without one: kernels, waits of the host, copies and memory at real sizes.
 
-    python benchmarks/speed/fake_gpu.py [--loras 2 --rank 16] [--file-dtype float16]
+    COMFYUI_PATH=... python benchmarks/speed/fake_gpu.py --model SDXL [--loras 2 --rank 16] [--file-dtype float16]
 
-All layers of Flux at their size, one after the other, on tensors of a device "cuda" that is not there (torch's
-FakeTensorMode). Only what this package adds is counted. "Told" is what `Requirement` says before.
+A model class of ComfyUI at its real size, on tensors of a device "cuda" that is not there (torch's FakeTensorMode),
+with LoRAs on all linear layers and convolutions of its blocks. Only what this package adds is counted. "Told" is what
+`Requirement` says before.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / "tests" / "support")]
 
+import real_models  # noqa: E402
 import torch  # noqa: E402
 from fake_cuda import FakeCuda, fake_cuda  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from flux_sizes import DOUBLE, SINGLE  # noqa: E402
+import machine  # noqa: E402
 from ssr_core import Lora, LowRankUpdate, Site, StatisticsCollector, Subspace  # noqa: E402
 
-TOKENS = {"image": 4096, "text": 512, "both": 4608, "vector": 1}
 CONTEXT, COUNTED = 128, 1024
 
 
-class Layers(nn.Module):
-    """The linear layers of Flux, each with the number of tokens that it sees."""
-
-    def __init__(self, blocks: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.tokens: list[int] = []
-        self.layers = nn.ModuleList()
-        for stream in ("image", "text"):
-            for out, inputs in DOUBLE * blocks[0]:
-                self._add(out, inputs, "vector" if out == 6 * inputs else stream, dtype)
-        for out, inputs in SINGLE * blocks[1]:
-            self._add(out, inputs, "vector" if out == 3 * inputs else "both", dtype)
-
-    def _add(self, out: int, inputs: int, stream: str, dtype: torch.dtype) -> None:
-        self.layers.append(nn.Linear(inputs, out, dtype=dtype))
-        self.tokens.append(TOKENS[stream])
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> None:
-        for layer, tokens in zip(self.layers, self.tokens, strict=True):
-            layer(x[None, :tokens, : layer.in_features].clone())
-
-
-def lora(number: int, sites: dict[Site, int], rank: int, dtype: torch.dtype) -> Lora:
+def lora(number: int, shapes: Mapping[str, torch.Size], rank: int, dtype: torch.dtype) -> Lora:
     def factor(*shape: int) -> Tensor:
         return torch.full(shape, 1 / 3).to(dtype) + number
 
-    updates = {s: LowRankUpdate(factor(rank, inputs), factor(s.out_features, rank)) for s, inputs in sites.items()}
+    updates = {
+        Site.whole(name, out): LowRankUpdate(factor(rank, *inputs), factor(out, rank))
+        for name, (out, *inputs) in shapes.items()
+    }
     return Lora(str(number), updates)
 
 
@@ -66,15 +48,19 @@ def with_context(spaces: dict[Site, Subspace]) -> dict[Site, Subspace]:
 def main() -> None:
     options = arguments()
     dtype, file_dtype = getattr(torch, options.dtype), getattr(torch, options.file_dtype)
-    print(f"Flux, {options.loras} x {options.rank} in {options.file_dtype} on {options.dtype}, context {CONTEXT}")
+    machine.start_comfyui()
+    # the other ways of attention ask the device for what is free
+    importlib.import_module("comfy.cli_args").args.use_pytorch_cross_attention = True
+    named = real_models.models()[options.model]
+    shapes = real_models.shapes(named.built())
+    print(f"{options.model}, {len(shapes)} layers, {options.loras} x {options.rank} in {options.file_dtype}", end=" ")
+    print(f"on {options.dtype}, context {CONTEXT}")
     print(f"{'':22}{'kernels':>9}{'waits':>7}{'sent MB':>9}{'live GB':>9}{'peak GB':>9}{'told GB':>9}")
-    with fake_cuda() as seen:
-        with torch.device("cuda"):
-            model = Layers(tuple(options.blocks), dtype)
-        sites = {Site.whole(f"layers.{n}", one.out_features): one.in_features for n, one in enumerate(model.layers)}
-        loras = [lora(number, sites, options.rank, file_dtype) for number in range(options.loras)]
-        x = torch.empty(max(TOKENS.values()), 16384, device="cuda", dtype=dtype)
-        show = Table(seen, lambda: model(x))
+    with fake_cuda() as seen, torch.no_grad():
+        model = named.built("cuda", dtype)
+        args, kwargs = named.given("cuda", dtype)
+        loras = [lora(number, shapes, options.rank, file_dtype) for number in range(options.loras)]
+        show = Table(seen, lambda: model(*args, **kwargs))
         collector = StatisticsCollector(loras)
         told = collector.requirement(CONTEXT, dtype=dtype).device
         with collector.recording(0, CONTEXT, COUNTED) as run:
@@ -111,9 +97,10 @@ class Table:
                         self._forward()
                 label = f"{name}{f', {branch.__name__}' if branch else ''}, {number}."
                 seen, own = self._seen, self._seen.live - self._model
+                waits = sum(count for line, count in seen.waits.items() if line != "elsewhere")  # not the model's own
                 peak = max(own, seen.peak - self._model - self._activations)
                 print(
-                    f"{label:22}{seen.launches - self._kernels:>9}{sum(seen.waits.values()):>7}{seen.sent / 1e6:>9.0f}"
+                    f"{label:22}{seen.launches - self._kernels:>9}{waits:>7}{seen.sent / 1e6:>9.0f}"
                     f"{own / 1e9:>9.2f}{peak / 1e9:>9.2f}{told / 1e9:>9.2f}",
                     flush=True,
                 )
@@ -121,11 +108,11 @@ class Table:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="Flux", help="as real_models.py calls it")
     parser.add_argument("--loras", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--file-dtype", default="bfloat16")
-    parser.add_argument("--blocks", type=int, nargs=2, default=[19, 38])
     return parser.parse_args()
 
 

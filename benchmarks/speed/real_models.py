@@ -24,9 +24,19 @@ class Named(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def built(self) -> nn.Module:
+    def built(self, device: torch.device | str = META, dtype: torch.dtype = HALF) -> nn.Module:
         operations = importlib.import_module("comfy.ops").disable_weight_init
-        return self.make({"device": META, "dtype": HALF, "operations": operations})
+        return self.make({"device": device, "dtype": dtype, "operations": operations})
+
+    def given(self, device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) on a device that computes in `dtype`."""
+
+        def there(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.zeros(value.shape, dtype=dtype if value.dtype == HALF else value.dtype, device=device)
+
+        return tuple(map(there, self.args)), {name: there(one) for name, one in self.kwargs.items()}
 
 
 def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:

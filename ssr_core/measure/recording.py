@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class Recording:
         self._handles: list[RemovableHandle] = []
         self._attached: nn.Module | None = None
         self._heard: Heard | None = None
-        self._last: tuple[Tensor, Tap] | None = None  # in a survey: the last new input, and whose it was
+        # in a survey: the last new input, which the model may let go of, and whose it was
+        self._last: tuple[ReferenceType[Tensor], Tap] | None = None
         self._follows: dict[Tap, set[Tap | None]] = {}  # and whose input each other module had, None for its own
 
     def attach(self, model: nn.Module) -> None:
@@ -227,9 +229,9 @@ class Recording:
     def _survey(self, tap: Tap, layer: Layer, x: Tensor, chosen: Tensor | None) -> None:
         """Look at the inputs, and at whether they are those of the module before."""
         assert tap.sketch is not None
-        leader = self._last[1] if self._last is not None and self._last[0] is x else None
+        leader = self._last[1] if self._last is not None and self._last[0]() is x else None
         self._follows.setdefault(tap, set()).add(leader)
         if leader is None:
-            self._last = (x, tap)
+            self._last = (ref(x), tap)
         for piece in layer.seen(x, chosen):
             tap.sketch.update(piece)
