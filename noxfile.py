@@ -44,12 +44,14 @@ def tests(session: nox.Session) -> None:
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
     check_types(session, python)
+    # all of them by two processes of one thread each, a file at a time: servers are shared by the tests of a process
+    every = ["--numprocesses", "2", "--dist", "loadfile", "tests"]
     session.run(
-        *(python, "-m", "pytest", *(session.posargs or ["tests"])),
+        *(python, "-m", "pytest", *(session.posargs or every)),
         env={
             "COMFYUI_PATH": str(comfyui),
             "SSR_REQUIRE_COMFYUI": "1",  # a ComfyUI that is missing fails the tests instead of skipping them
-            "OMP_NUM_THREADS": threads(),
+            "OMP_NUM_THREADS": threads() if session.posargs else "1",
             "DO_NOT_TRACK": "1",
         },
         external=True,
