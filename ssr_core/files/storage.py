@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import SaveError
 
-_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{32}\.tmp|\.tmp[0-9A-Za-z]{6}")  # ours, and what safetensors writes to first
 LONGEST_KEY = 1000  # characters; those of real models have some dozens
 STALE = 24 * 3600  # seconds after which a temporary file was left behind by a process that was killed
 

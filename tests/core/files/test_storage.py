@@ -78,19 +78,17 @@ def test_a_tucker_core_with_a_kernel_that_no_layer_has_is_refused_before_it_is_m
         load_lora(tmp_path / "cat.safetensors")
 
 
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name.endswith(".tmp"))
-
-
 def test_what_a_killed_process_left_is_removed_by_the_next_save_and_what_is_being_written_is_not(tmp_path):
-    names = [f"merged.safetensors.{digit * 32}.tmp" for digit in "ab"] + ["notes.tmp", "x.safetensors.1234.tmp"]
-    for name in names:
+    ours, of_safetensors = (f"merged.safetensors.{digit * 32}.tmp" for digit in "ab"), (".tmpOsg3lu", ".tmp4bKz0Q")
+    (old_one, new_one), (old_other, new_other) = ours, of_safetensors
+    foreign = ["notes.tmp", "x.safetensors.1234.tmp", ".tmpdir"]
+    for name in (old_one, new_one, old_other, new_other, *foreign):
         (tmp_path / name).touch()
     old = time.time() - storage.STALE - 60
-    for name in (names[0], *names[2:]):
+    for name in (old_one, old_other, *foreign):
         os.utime(tmp_path / name, (old, old))
     storage.write_safetensors(PAIR, tmp_path / "merged.safetensors", {})
-    assert leftovers(tmp_path) == sorted(names[1:])
+    assert {path.name for path in tmp_path.iterdir()} == {"merged.safetensors", new_one, new_other, *foreign}
 
 
 def test_a_full_disk_is_an_error_with_the_name_of_the_file_and_leaves_nothing(tmp_path):
