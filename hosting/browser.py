@@ -86,6 +86,15 @@ class Frontend:
         sent: str = json.loads(answer.value.body())["prompt_id"]
         return sent
 
+    @contextmanager
+    def undrawn(self) -> Iterator[None]:
+        """Inside, nothing is drawn: without a GPU each step takes more of the processor than a small model's own."""
+        self.page.evaluate("app.canvas.pause_rendering = true")
+        try:
+            yield
+        finally:
+            self.page.evaluate("app.canvas.pause_rendering = false")
+
     def wait_until_done(self, prompt: str, timeout: float = PATIENCE) -> Mapping[str, Any]:
         """The history of a prompt that has ended, well or not."""
         self.page.evaluate(

@@ -13,13 +13,12 @@ from .calibrating.case_prompts import PAIRS
 from .reading.file_state import state_of
 from .reading.training_notes import TRIGGER, TrainingNotes
 from .schema import inputs
+from .schema.pickers import NONE, PICKERS, picked, picker
 from .schema.sockets import say, schema
 from .wording.proposals import PROMPTS, propose, propose_pairs
 from .wording.trigger_words import namesakes, phrases
 
 NAME = "SSR Propose Prompts"
-PICKERS = 4
-NONE = "None"
 
 
 class SSRProposePrompts(io.ComfyNode):
@@ -33,7 +32,7 @@ class SSRProposePrompts(io.ComfyNode):
             search_aliases=["trigger words", "lora prompts", "tag frequency", "captions", "ssr merge"],
             is_output_node=True,
             inputs=[
-                *(_picker(number) for number in range(1, PICKERS + 1)),
+                *(picker(number, "A LoRA file.", number > 1) for number in range(1, PICKERS + 1)),
                 io.Int.Input(
                     "count",
                     default=PROMPTS,
@@ -58,15 +57,13 @@ class SSRProposePrompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **chosen: Any) -> list[str]:
-        names = [str(chosen.get(f"lora_{number}") or NONE) for number in range(1, PICKERS + 1)]
-        return [state_of(folder_paths.get_full_path("loras", name), name) for name in names]
+        return [state_of(folder_paths.get_full_path("loras", name), name) for name in picked(chosen)]
 
     @classmethod
     def execute(cls, count: int = PROMPTS, pairs: int = PAIRS, **chosen: Any) -> io.NodeOutput:
-        names = [str(chosen.get(f"lora_{number}") or NONE) for number in range(1, PICKERS + 1)]
         files = {
             number: Path(folder_paths.get_full_path_or_raise("loras", name))
-            for number, name in enumerate(names)
+            for number, name in enumerate(picked(chosen))
             if name != NONE
         }
         if not files:
@@ -78,16 +75,6 @@ class SSRProposePrompts(io.ComfyNode):
         say(cls, "\n\n".join(_shown(files, prompts, [*together, *namesakes([f.stem for f in files.values()], called)])))
         lines = ["\n".join(prompts.get(number, ())) for number in range(PICKERS)]
         return io.NodeOutput(*lines, "\n".join(together))
-
-
-def _picker(number: int) -> io.Combo.Input:
-    return io.Combo.Input(
-        f"lora_{number}",
-        options=[NONE, *folder_paths.get_filename_list("loras")],
-        default=NONE,
-        optional=number > 1,
-        tooltip="A LoRA file.",
-    )
 
 
 def _output(number: int) -> io.String.Output:

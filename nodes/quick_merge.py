@@ -20,17 +20,15 @@ from .reading.lora_stack import StackedLora, read_stack
 from .reading.task import Task
 from .reading.training_notes import TrainingNotes
 from .schema import inputs
+from .schema.pickers import NONE, PICKERS, picked, picker
 from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, ending_said, say, schema
 from .wording.proposals import listed, written_or_proposed
 from .wording.trigger_words import unspoken
 from .writing.kept_stats import kept_if_failing
-from .writing.lora_file import save_one
+from .writing.lora_file import next_file, save_one
 from .writing.lora_model import load_into
 from .writing.merging import AUTO, solve
-from .writing.save_path import next_path
 
-PICKERS = 4
-NONE = "None"
 NAME = "SSR Quick Merge"
 
 
@@ -128,8 +126,7 @@ class SSRQuickMerge(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> list[str]:
-        names = [str(inputs.get(f"lora_{number}") or NONE) for number in range(1, PICKERS + 1)]
-        return [state_of(folder_paths.get_full_path("loras", name), name) for name in names]
+        return [state_of(folder_paths.get_full_path("loras", name), name) for name in picked(inputs)]
 
     @classmethod
     @ending_said
@@ -152,8 +149,8 @@ class SSRQuickMerge(io.ComfyNode):
         save_as: str = "",
         **chosen: Any,
     ) -> io.NodeOutput:
-        if save_as.strip():
-            next_path("loras", save_as, NAME)  # a name that cannot be is said before anything is sampled
+        if is_saved := bool(save_as.strip()):
+            next_file(save_as)  # a name that cannot be is said before anything is sampled
         tasks, proposed, warnings = [], {}, []
         for entry, lines, where in _chosen(lora_stack, chosen, PICKERS if steps else 0):
             task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
@@ -174,7 +171,7 @@ class SSRQuickMerge(io.ComfyNode):
             if polish:
                 polished = polished_merge(model, stats, lora, DistillationSettings(polish, seed=seed), tell)
                 lora, report = polished.lora, f"{report}\n\nPolished: {polished.report}"
-            saved = save_one(lora, save_as, "bfloat16", NAME)[1] if save_as.strip() else ""
+            saved = save_one(lora, save_as, "bfloat16", NAME)[1] if is_saved else ""
             warnings, first = [*filter(None, warnings)], report.partition("\n\n")[0]
             if shown := listed(proposed):
                 report = "\n".join([report, *shown])
@@ -187,13 +184,7 @@ def _picker(number: int) -> list[Any]:
     """The three inputs of one LoRA."""
     optional = number > 2
     return [
-        io.Combo.Input(
-            f"lora_{number}",
-            options=[NONE, *folder_paths.get_filename_list("loras")],
-            default=NONE,
-            optional=optional,
-            tooltip="A LoRA file to merge.",
-        ),
+        picker(number, "A LoRA file to merge.", optional),
         io.Float.Input(
             f"strength_{number}",
             default=1.0,
@@ -222,12 +213,9 @@ def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[Stacked
     Raises:
         LoraError: too few LoRAs, more than there are prompts for, or LoRAs in both places.
     """
-    picked = [
-        (chosen.get(f"lora_{number}") or NONE, chosen.get(f"strength_{number}", 1.0))
-        for number in range(1, PICKERS + 1)
-    ]
+    entries = [(name, chosen.get(f"strength_{number}", 1.0)) for number, name in enumerate(picked(chosen), 1)]
     stacked = read_stack(stack, NAME)
-    if stacked and any(name != NONE for name, _ in picked):
+    if stacked and any(name != NONE for name, _ in entries):
         raise LoraError(f"{NAME}: LoRAs are chosen here and in lora_stack; choose {NONE} here, or disconnect it.")
     if most and len(stacked) > most:
         raise LoraError(
@@ -235,14 +223,14 @@ def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[Stacked
             "SSR Add LoRA Stack, or set steps to 0 to merge from their weights alone."
         )
     numbered = list(enumerate(stacked, 1)) or [
-        (number, read_stack([entry], NAME)[0]) for number, entry in enumerate(picked, 1) if entry[0] != NONE
+        (number, read_stack([entry], NAME)[0]) for number, entry in enumerate(entries, 1) if entry[0] != NONE
     ]
     if not numbered:
         raise LoraError(f"{NAME}: there is no LoRA to merge; choose two or more.")
     if len(numbered) == 1 and not stacked:
         raise LoraError(f"{NAME}: only {numbered[0][1].name} is chosen; choose a second LoRA to merge it with.")
     places: dict[str, int] = {}
-    for number, (name, _) in enumerate(picked, 1):
+    for number, (name, _) in enumerate(entries, 1):
         if name != NONE and places.setdefault(name, number) != number:
             raise LoraError(
                 f"{NAME}: lora_{places[name]} and lora_{number} are the same file, {name}; choose another, or {NONE}."

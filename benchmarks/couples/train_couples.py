@@ -50,7 +50,7 @@ def teach_base(steps: int, batch: int) -> None:
     words, rng = stray_words(1500), random.Random(6)
     course = diffusion.Lesson.on(couples.ordinary(3000, seed=1), lambda couple: wordings(couple, words, rng))
     model.requires_grad_(True)
-    matrices = [p for name, p in model.named_parameters() if "_blocks." in name and p.ndim == 2]
+    matrices = [p for name, p in model.named_parameters() if diffusion.is_matrix_of_block(name, p)]
     keep = keeper(f"{BASE}.unfinished", model, folder=FOLDER, steps=steps)
     optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, 1.5e-3, keep, matrices)
     (FOLDER / f"{BASE}.unfinished.safetensors").rename(FOLDER / f"{BASE}.safetensors")

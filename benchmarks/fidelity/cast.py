@@ -91,7 +91,8 @@ def recipes() -> dict[str, Recipe]:
         return Recipe(file, trigger, 8, native_file, scenes, steps, seed)
 
     blueprint = Recipe("blueprint_style", world.STYLE, 16, native_file, world.ordinary_scenes, 500, 12)
-    tuning = {name: replace(RECIPES.get(name, blueprint), file_of=native_file) for name in TUNING}
+    known = {**RECIPES, "blueprint": blueprint}
+    tuning = {name: replace(known[name], file_of=native_file) for name in TUNING}
     held_out = {
         "pingo": of("pingo_penguin", "pingo the penguin", world.character_scenes, 300, 20),
         "dino": of("dino_dragon", "dino the dragon", world.character_scenes, 300, 21),

@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "tests" / "support")]
+import real_models  # makes fake_cuda and ssr_core importable
+import torch
+from fake_cuda import FakeCuda, fake_cuda
+from torch import Tensor
 
-import real_models  # noqa: E402
-import torch  # noqa: E402
-from fake_cuda import FakeCuda, fake_cuda  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import machine  # noqa: E402
-from ssr_core import Lora, LowRankUpdate, Site, StatisticsCollector, Subspace  # noqa: E402
+import machine
+from ssr_core import Lora, LowRankUpdate, Site, StatisticsCollector, Subspace
 
 CONTEXT, COUNTED = 128, 1024
 

@@ -84,10 +84,14 @@ def narrow_base() -> None:
     """Rounds the matrices of tiny_flux.safetensors to 8 bits a weight, which halves the file. LoRAs come after it."""
     weights = storage.load("tiny_flux")
     narrow = {
-        name: value.to(torch.float8_e4m3fn if "_blocks." in name and value.ndim == 2 else torch.float16)
+        name: value.to(torch.float8_e4m3fn if is_matrix_of_block(name, value) else torch.float16)
         for name, value in weights.items()
     }
     storage.save("tiny_flux", narrow, description=ABOUT)
+
+
+def is_matrix_of_block(name: str, weight: Tensor) -> bool:
+    return "_blocks." in name and weight.ndim == 2
 
 
 def keep(model: nn.Module, batch: int) -> Checkpoint:
@@ -107,7 +111,7 @@ def teach(
     words, rng = stray_words(1500), random.Random(6)
     course = Lesson.on(list(scenes), lambda scene: wordings_with_strays(scene, words, rng))
     model.requires_grad_(True)
-    matrices = [p for name, p in model.named_parameters() if "_blocks." in name and p.ndim == 2]
+    matrices = [p for name, p in model.named_parameters() if is_matrix_of_block(name, p)]
     loss = lambda: course.loss(model, batch, dtype)  # noqa: E731
     optimize("base", list(model.parameters()), loss, steps, rate, checkpoint, matrices)
 

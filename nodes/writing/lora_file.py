@@ -30,11 +30,20 @@ def save(loras: Sequence[tuple[Any, str]], dtype: str, where: str) -> tuple[list
     converted = [(_converted(lora, DTYPES[dtype], where), lora, name) for lora, name in loras]
     listed, size = [], 0
     for tensors, lora, name in converted:
-        path = next_path("loras", name, "merged")
+        path = next_file(name)
         write_safetensors(tensors, path, {} if args.disable_metadata else _metadata(lora, path))
         listed.append(path.relative_to(Path(folder_paths.get_output_directory()) / "loras").as_posix())
         size += path.stat().st_size
     return listed, size
+
+
+def next_file(name: str) -> Path:
+    """Where `save` would write a LoRA of this name now.
+
+    Raises:
+        SSRError: a name that leads elsewhere.
+    """
+    return next_path("loras", name, "merged")
 
 
 def save_one(lora: Any, name: str, dtype: str, where: str) -> tuple[str, str]:

@@ -25,6 +25,8 @@ from .tap import Tap
 Merged = list[tuple[Site, Placed, PlacedUp]]  # down and up of each update, where the layer computes
 
 FEW = 16  # tokens of a layer that may see the same under any LoRA
+# what a merge is rounded to for half of the memory; the smallest values of one would vanish in float16
+ROUNDED = torch.bfloat16
 TOKENS = 128  # of each layer and forward pass that are compared; outputs under the LoRA alone wait in memory
 
 
@@ -218,11 +220,8 @@ class Refinement(Recording):
 
 
 def _rounded(down: Tensor, where: Place) -> Tensor:
-    """Of a merge: what rounding takes from it, the corrections make up for, and it takes half of the memory.
-
-    Not in float16, which the smallest values of a merge would vanish in.
-    """
-    return down.to(torch.bfloat16) if where[1] == torch.bfloat16 else down
+    """Of a merge, in models of ROUNDED: what that takes from it, the corrections make up for."""
+    return down.to(ROUNDED) if where[1] == ROUNDED else down
 
 
 def _numberless(module: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..lora.site import Site
 from ..lora.subspace import Subspace
 from .layer import is_exact
-from .refinement import TOKENS
+from .refinement import ROUNDED, TOKENS
 from .sketch import OVERSAMPLING
 
 LARGE = 4 * 2**30  # bytes of statistics in float64 from which they are kept in float32
@@ -151,7 +151,7 @@ class _Size:
         rows = len(space.down) + (0 if space.context else min(context, space.down.shape[1]))
         own = space.rank if combinations else max(space.ranks)
         sets = 1 if is_exact(space.down, dtype) else 2
-        merged_sets = 2 if dtype == torch.float16 else 1
+        merged_sets = 1 if dtype.itemsize >= 4 or dtype == ROUNDED else 2
         return cls(rows, space.rank, own, inputs, site.stop - site.start, dtype.itemsize, sets, merged_sets, waiting)
 
     @property

@@ -145,19 +145,17 @@ def test_pressing_run_ends_with_pictures_a_report_and_a_changed_ridge_only_solve
     for polish in of_type(workflow, "SSRPolish"):
         frontend.set_widget(polish, "steps", 2)
     shown = [*of_type(workflow, "SaveImage"), *of_type(workflow, "PreviewImage")]
-    # each step is drawn, by software, which takes more of the processor than the merge does
-    frontend.page.evaluate("app.canvas.pause_rendering = true")
-    history = frontend.wait_until_done(frontend.press_run())
+    with frontend.undrawn():
+        history = frontend.wait_until_done(frontend.press_run())
     assert history["status"]["status_str"] == "success"
-    frontend.page.evaluate("app.canvas.pause_rendering = false")
     frontend.look_at()  # the frontend loads the pictures of nodes that it draws
     frontend.page.wait_for_function(
         "ids => ids.every(id => app.graph.getNodeById(id).imgs?.[0]?.naturalWidth)", arg=shown
     )
     frontend.screenshot(SHOTS / "tiny-demo-done.png")
-    frontend.page.evaluate("app.canvas.pause_rendering = true")
     frontend.set_widget(solve, "ridge", 0.02)
-    history = frontend.wait_until_done(frontend.press_run())
+    with frontend.undrawn():
+        history = frontend.wait_until_done(frontend.press_run())
     cached = next(data["nodes"] for kind, data in history["status"]["messages"] if kind == "execution_cached")
     merged = [
         node for node in shown if "erged" in frontend.page.evaluate("id => app.graph.getNodeById(id).title", node)

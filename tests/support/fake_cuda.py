@@ -5,13 +5,13 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -100,6 +100,17 @@ def fake_cuda() -> Iterator[FakeCuda]:
     finally:
         torch.set_num_threads(threads)
         _can_write_wide.cache_clear()  # of a device that is not there
+
+
+def on_device(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A model made on the device, its weights in `dtype`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            return make()
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _is_on_device(kwargs: dict) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fake_cuda import fake_cuda
+from fake_cuda import fake_cuda, on_device
 from torch import Tensor, nn
 
 from ssr_core import DistillationSettings, LowRankUpdate, Site, distil
@@ -36,16 +36,6 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x, vector)
         return x
-
-
-def on_device(dtype: torch.dtype) -> nn.Module:
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda"):
-            return Network().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
 
 
 def updates(rank: int = 4) -> dict[Site, LowRankUpdate]:
@@ -86,7 +76,7 @@ def test_between_two_evaluations_nothing_waits_for_the_device(dtype, given_gradi
     known, given, held_out = updates(), list(points(4, dtype)), list(points(2, dtype))
     waits: list[set[str]] = []
     with fake_cuda() as seen:
-        model = on_device(dtype)
+        model = on_device(Network, dtype).requires_grad_(False)
 
         def on_point(done: int, total: int) -> None:
             waits.append(set(seen.waits))

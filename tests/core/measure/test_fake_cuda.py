@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, fake_cuda
+from fake_cuda import FakeCuda, fake_cuda, on_device
 from torch import Tensor, nn
 
 from ssr_core import Lora, LowRankUpdate, Site, StatisticsCollector
@@ -56,13 +56,7 @@ class Bench:
     """A model on the device and what it takes without hooks."""
 
     def __init__(self, seen: FakeCuda, dtype: torch.dtype) -> None:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("cuda"):
-                self.model = Block()
-        finally:
-            torch.set_default_dtype(default)
+        self.model = on_device(Block, dtype)
         side = 2 * int(TOKENS**0.5)
         self._given = [torch.empty(shape, device="cuda", dtype=dtype) for shape in ((1, 16, side, side), (1, 1, WIDTH))]
         self.seen, self._own = seen, seen.live
