@@ -60,12 +60,23 @@ class Frontend:
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         self.wait_until_open(workflow)
 
-    def wait_until_open(self, workflow: Mapping[str, Any]) -> None:
+    def wait_until_open(self, workflow: Mapping[str, Any], timeout: float = PATIENCE) -> None:
         """Until all nodes and links are there: opened from the template browser, they come by and by."""
         self.page.wait_for_function(
             "([nodes, links]) => app.graph._nodes.length === nodes && app.graph.links.size === links",
             arg=[len(workflow["nodes"]), len(workflow["links"])],
+            timeout=1000 * timeout,
         )
+
+    def opens(self, workflow: Mapping[str, Any], within: float) -> bool:
+        """Whether all of it is there in so many seconds."""
+        from playwright.sync_api import TimeoutError
+
+        try:
+            self.wait_until_open(workflow, within)
+        except TimeoutError:
+            return False
+        return True
 
     def prompt(self) -> dict[str, Any]:
         """What Run would send."""
