@@ -42,6 +42,7 @@ class SSRAddLoRAStack(io.ComfyNode):
                     optional=True,
                 ),
                 SSRTasks.Input("tasks", optional=True, tooltip="The LoRAs added before these."),
+                inputs.references(),
             ],
             outputs=[SSRTasks.Output(display_name="tasks", tooltip="All LoRAs added so far.")],
         )
@@ -54,6 +55,7 @@ class SSRAddLoRAStack(io.ComfyNode):
         prompts: str,
         combinations: str = "",
         tasks: tuple[Task | Combination, ...] = (),
+        references: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         entries = read_stack(lora_stack, "SSR Add LoRA Stack")
         added = [Task(one.name, one.path, one.strength, [], clip_strength=one.clip_strength) for one in entries]
@@ -66,6 +68,7 @@ class SSRAddLoRAStack(io.ComfyNode):
                 "prompts of each LoRA one per line, with an empty line before those of the next."
             )
         for number, lines in zip(asked, blocks, strict=True):
-            added[number] = replace(added[number], conditioning=encode_lines(clip, lines, "SSR Add LoRA Stack"))
-        together = combinations_of(clip, combinations, "SSR Add LoRA Stack")
+            conditioning = encode_lines(clip, lines, "SSR Add LoRA Stack", references)
+            added[number] = replace(added[number], conditioning=conditioning)
+        together = combinations_of(clip, combinations, "SSR Add LoRA Stack", references)
         return io.NodeOutput((*(tasks or ()), *added, *together))

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .calibrating.prompt import encode_lines, with_references
+from .calibrating.prompt import encode_lines
+from .schema import inputs
 from .schema.sockets import schema
 
 
@@ -26,17 +27,11 @@ class SSRPrompts(io.ComfyNode):
                     dynamic_prompts=False,
                     tooltip="One prompt per line, with the LoRA's trigger words, in the settings you will use it in.",
                 ),
-                io.Latent.Input(
-                    "references",
-                    optional=True,
-                    tooltip="For edit models: input pictures, VAE-encoded, one for each prompt in turn. Set Reference "
-                    "Latent gives the same to all.",
-                ),
+                inputs.references(),
             ],
             outputs=[io.Conditioning.Output(display_name="calibration", tooltip="For SSR Add LoRA.")],
         )
 
     @classmethod
     def execute(cls, clip: Any, text: str, references: Any = None) -> io.NodeOutput:
-        conditioning = encode_lines(clip, text.splitlines(), "SSR Prompts")
-        return io.NodeOutput(conditioning if references is None else with_references(conditioning, references))
+        return io.NodeOutput(encode_lines(clip, text.splitlines(), "SSR Prompts", references))

@@ -67,6 +67,7 @@ class SSRQuickMerge(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt you render with, for models that use one. Only with a cfg above 1.",
                 ),
+                inputs.references(),
                 inputs.cfg("The cfg you render with, if a negative prompt is connected.", optional=True, **ADVANCED),
                 inputs.sampler(optional=True, **ADVANCED),
                 inputs.scheduler(optional=True, **ADVANCED),
@@ -138,6 +139,7 @@ class SSRQuickMerge(io.ComfyNode):
         lora_stack: Any = None,
         combinations: str = "",
         negative: list[Any] | None = None,
+        references: dict[str, Any] | None = None,
         cfg: float = 1.0,
         sampler_name: str = "euler",
         scheduler: str = "simple",
@@ -160,9 +162,9 @@ class SSRQuickMerge(io.ComfyNode):
                 prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
                 if not proposed[entry.name]:  # a person wrote them
                     warnings.append(unspoken(entry.name, TrainingNotes.read(entry.path).phrase, prompts))
-                task = replace(task, conditioning=encode_lines(clip, prompts, where))
+                task = replace(task, conditioning=encode_lines(clip, prompts, where, references))
             tasks.append(task)
-        together = combinations_of(clip, combinations, f"{NAME}: combinations") if steps else []
+        together = combinations_of(clip, combinations, f"{NAME}: combinations", references) if steps else []
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731
         stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)

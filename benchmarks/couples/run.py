@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 from train_couples import BASE, CHARACTERS, FOLDER, HELD_OUT, TUNING  # noqa: E402
 from training import storage  # noqa: E402
 from training.captions import Captions  # noqa: E402
-from training.latents import PATCH, PatchComponents  # noqa: E402
+from training.latents import PatchComponents  # noqa: E402
 
 combination = host._part("nodes.reading.combination")
 
@@ -56,7 +56,6 @@ class Bed:
         self.model = self.patcher.model.diffusion_model.eval()
         self.modules = dict(self.patcher.model.named_modules())
         self.space = PatchComponents(**storage.load("components"))
-        self.to_pixels = torch.linalg.pinv(self.space.components)
 
     def task(self, name: str, prompts: Sequence[str]) -> Any:
         return host.nodes.task.Task(name, FOLDER / f"{name}.safetensors", 1.0, self.conditioning(prompts))
@@ -91,10 +90,7 @@ class Bed:
 
     def pixels(self, latents: Tensor) -> np.ndarray:
         """uint8 (n, 128, 128, 3)"""
-        patches = latents.permute(0, 2, 3, 1) @ self.to_pixels + self.space.mean
-        n, rows, columns, _ = patches.shape
-        flat = patches.reshape(n, rows, columns, 3, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3)
-        return (flat.reshape(n, rows * PATCH, columns * PATCH, 3).clamp(0, 1) * 255).round().byte().numpy()
+        return (self.space.decode(latents).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def candidates() -> list[Thing]:

@@ -57,7 +57,7 @@ def measured(bed: Testbed, names: Sequence[str], ways: dict[str, Deltas], budget
 def testbed(width: int) -> Testbed:
     """One for each process."""
     torch.set_grad_enabled(False)
-    return Testbed(width)
+    return Testbed.of_width(width)
 
 
 def run(

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import cast
@@ -25,6 +26,8 @@ import tiny_clip
 
 Deltas = Mapping[str, Tensor]  # module -> dense difference of its weight, (out, in)
 Ask = tuple[str, ...]  # the LoRAs that a prompt asks for: one, or a character and a style
+Prompt = Hashable  # a text; a testbed of its own may have pictures with them
+Told = tuple[Tensor, ...]  # what the model is told of n prompts, each (n, ...)
 
 FLOAT32 = {"dtype": torch.float32}
 STEPS = 8  # of the trajectories along which velocities are compared, and of the images
@@ -58,8 +61,8 @@ class Subject:
     name: str
     file: str
     trigger: str
-    calibration: list[str]
-    held_out: list[str]
+    calibration: list[Any]
+    held_out: list[Any]
 
     @classmethod
     def of(cls, name: str, recipe: Recipe) -> Subject:
@@ -87,30 +90,42 @@ class Reference:
 
 
 class Testbed:
-    """The model of one width. Everything is measured relative to what the base model does."""
+    """A model and LoRAs for it. Everything is measured relative to what the base model does.
 
-    def __init__(self, width: int) -> None:
-        cast.join_world()
-        self.width = width
-        self.patcher = comfy.sd.load_diffusion_model(str(folder_of(width) / f"{BASE}.safetensors"), FLOAT32)
+    Args:
+        folder: <BASE>.safetensors and the LoRAs' files.
+    """
+
+    def __init__(self, folder: Path, subjects: Mapping[str, Subject]) -> None:
+        self.folder, self.subjects = folder, subjects
+        self.patcher = comfy.sd.load_diffusion_model(str(folder / f"{BASE}.safetensors"), FLOAT32)
         self.model = self.patcher.model.diffusion_model.eval()
-        self.subjects = {name: Subject.of(name, recipe) for name, recipe in cast.recipes().items()}
         self._clip = tiny_clip.build(storage.load("tiny_clip"))
-        self._conditioning: dict[str, Any] = {}
+        self._conditioning: dict[Prompt, list[Any]] = {}
         self._modules = dict(self.patcher.model.named_modules())
         self._references: dict[Ask, Reference] = {}
         self._loras: dict[str, Any] = {}
         self._alone: dict[str, Deltas] = {}
         self._to_pixels = torch.linalg.pinv(PatchComponents(**storage.load("components")).components)
 
-    def conditioning(self, prompts: Sequence[str]) -> list[Any]:
-        """ComfyUI's CONDITIONING that remembers its texts, as SSR Prompts makes it."""
-        for text in prompts:
-            if text not in self._conditioning:
-                self._conditioning[text] = host.nodes.prompt.encode(self._clip, text)
-        return [entry for text in prompts for entry in self._conditioning[text]]
+    @classmethod
+    def of_width(cls, width: int) -> Testbed:
+        """The characters and styles of `cast`, with a base model of this width."""
+        cast.join_world()
+        return cls(folder_of(width), {name: Subject.of(name, recipe) for name, recipe in cast.recipes().items()})
 
-    def encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def conditioning(self, prompts: Sequence[Prompt]) -> list[Any]:
+        """ComfyUI's CONDITIONING that remembers its texts, as SSR Prompts makes it."""
+        for prompt in prompts:
+            if prompt not in self._conditioning:
+                self._conditioning[prompt] = self.entries(prompt)
+        return [entry for prompt in prompts for entry in self._conditioning[prompt]]
+
+    def entries(self, prompt: Prompt) -> list[Any]:
+        """CONDITIONING of one prompt."""
+        return host.nodes.prompt.encode(self._clip, prompt)
+
+    def told(self, prompts: Sequence[Prompt]) -> Told:
         """Token states (n, 16, 64) and pooled states (n, 64)."""
         tokens, options = zip(*self.conditioning(prompts), strict=True)
         return torch.cat(tokens), torch.cat([one["pooled_output"] for one in options])
@@ -120,7 +135,7 @@ class Testbed:
         styles = [name for name in names if self.subjects[name].is_style]
         return [*((name,) for name in names), *((c, s) for c in names if c not in styles for s in styles)]
 
-    def prompts(self, ask: Ask, held_out: bool) -> list[str]:
+    def prompts(self, ask: Ask, held_out: bool) -> list[Any]:
         """Those that may be calibrated on, or those that it is judged by."""
         first, *others = (self.subjects[name] for name in ask)
         if others:
@@ -139,17 +154,20 @@ class Testbed:
             for name, weight in kept.items():
                 self._modules[name].weight.data = weight
 
-    def walk(self, prompts: Sequence[str], noise: Tensor, steps: int = STEPS) -> tuple[list[Tensor], list[Tensor]]:
+    def walk(self, prompts: Sequence[Prompt], noise: Tensor, steps: int = STEPS) -> tuple[list[Tensor], list[Tensor]]:
         """Euler from noise to image: the latents passed through (steps + 1) and the velocities there (steps)."""
-        tokens, pooled = self.encoded(prompts)
+        return self.follow(self.told(prompts), noise, steps)
+
+    def follow(self, told: Told, noise: Tensor, steps: int = STEPS) -> tuple[list[Tensor], list[Tensor]]:
+        """`walk` for what the model is told."""
         points, velocities = [noise], []
         for sigma, following in pairwise(torch.linspace(1, 0, steps + 1)):
-            velocities.append(self._velocity(points[-1], sigma.expand(len(noise)), tokens, pooled))
+            velocities.append(self._velocity(points[-1], sigma.expand(len(noise)), *told))
             points.append(points[-1] + velocities[-1] * (following - sigma))
         return points, velocities
 
     def inputs(
-        self, deltas: Deltas, modules: Sequence[str], prompts: Sequence[str], x: Tensor, sigma: Tensor
+        self, deltas: Deltas, modules: Sequence[str], prompts: Sequence[Prompt], x: Tensor, sigma: Tensor
     ) -> dict[str, Tensor]:
         """What these layers see in the model with `deltas`, each (tokens, in)."""
         found: dict[str, list[Tensor]] = {module: [] for module in modules}
@@ -160,7 +178,7 @@ class Testbed:
         hooks = [self._modules[module].register_forward_pre_hook(keep(module)) for module in modules]
         try:
             with self.patched(deltas):
-                self._velocity(x, sigma.expand(len(x)), *self.encoded(prompts))
+                self._velocity(x, sigma.expand(len(x)), *self.told(prompts))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -184,7 +202,7 @@ class Testbed:
     def task(self, name: str, prompts: int) -> Any:
         """The LoRA with the first so many of its calibration prompts, as SSR Add LoRA makes it."""
         subject = self.subjects[name]
-        path = folder_of(self.width) / f"{subject.file}.safetensors"
+        path = self.folder / f"{subject.file}.safetensors"
         return host.nodes.task.Task(name, path, 1.0, self.conditioning(subject.calibration[:prompts]))
 
     def combinations(self, names: Sequence[str], prompts: int = 4) -> list[Any]:
@@ -235,15 +253,14 @@ class Testbed:
         velocity, image = self._error(ask, found, True)  # of the base model, as it is
         return replace(found, velocity_scale=velocity, image_scale=image)
 
-    def _start(self, ask: Ask) -> tuple[list[str], Tensor]:
+    def _start(self, ask: Ask) -> tuple[list[Prompt], Tensor]:
         prompts = self.prompts(ask, True)
         noises = [torch.randn(len(prompts), *LATENT, generator=_generator(seed)) for seed in SEEDS]
         return list(prompts) * len(SEEDS), torch.cat(noises)
 
     def _error(self, ask: Ask, reference: Reference, images: bool) -> tuple[float, float]:
         prompts, noise = self._start(ask)
-        tokens, pooled = self.encoded(prompts * STEPS)
-        found = self._velocity(reference.points, reference.sigmas, tokens, pooled)
+        found = self._velocity(reference.points, reference.sigmas, *self.told(prompts * STEPS))
         velocity = float((found - reference.velocities).square().mean()) / reference.velocity_scale
         if not images:
             return velocity, float("nan")
@@ -251,9 +268,14 @@ class Testbed:
         return velocity, float(self.pixels(drawn - reference.images).square().mean()) / reference.image_scale
 
     @torch.no_grad()
-    def _velocity(self, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
-        parts = zip(*(t.split(64) for t in (x, sigma, tokens, pooled)), strict=True)
-        return torch.cat([self.model(a, s, t, y=y) for a, s, t, y in parts])
+    def _velocity(self, x: Tensor, sigma: Tensor, *told: Tensor) -> Tensor:
+        parts = zip(*(t.split(64) for t in (x, sigma, *told)), strict=True)
+        return torch.cat([self.velocity(*part) for part in parts])
+
+    def velocity(self, x: Tensor, sigma: Tensor, *told: Tensor) -> Tensor:
+        """What the model as it is makes of noisy latents (n, ...)."""
+        tokens, pooled = told
+        return self.model(x, sigma, tokens, y=pooled)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """(n, 16, 16, 16) -> (n, 16, 16, 192) linear, so differences of latents become differences of pixels."""

@@ -41,3 +41,10 @@ class PatchComponents:
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N, 16, H / 8, W / 8)"""
         return ((patches_of(pixels) - self.mean) @ self.components).permute(0, 3, 1, 2).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, 16, H / 8, W / 8) -> (N, 3, H, W): of all pictures with these latents the one of least norm."""
+        patches = latents.permute(0, 2, 3, 1) @ torch.linalg.pinv(self.components) + self.mean
+        n, rows, columns, _ = patches.shape
+        grid = patches.reshape(n, rows, columns, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(n, 3, rows * PATCH, columns * PATCH)

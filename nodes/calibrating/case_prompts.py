@@ -45,13 +45,15 @@ def cases_of(tasks: Sequence[Task], asked: Sequence[Combination], pairs: int = P
     return singles + (_asked(names, asked) if asked else _glued(tasks, pairs))
 
 
-def combinations_of(clip: Any, text: str, where: str) -> list[Combination]:
-    """From lines such as "1+3: mochi the cat, sepia style".
+def combinations_of(clip: Any, text: str, where: str, references: Mapping[str, Any] | None = None) -> list[Combination]:
+    """From lines such as "1+3: mochi the cat, sepia style", with pictures for an edit model.
 
     Raises:
         SSRError: a line that is none; names `where`.
     """
-    return [Combination(which, encode_lines(clip, prompts, where)) for which, prompts in read_lines(text, where)]
+    return [
+        Combination(which, encode_lines(clip, prompts, where, references)) for which, prompts in read_lines(text, where)
+    ]
 
 
 def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePrompts]:

@@ -28,8 +28,14 @@ def encode(clip: Any, text: str) -> list[Any]:
     return [[cond, {**options, PROMPT: Prompt(text, cond, clip)}] for cond, options in entries]
 
 
-def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
+def encode_lines(clip: Any, lines: Iterable[str], where: str, references: Mapping[str, Any] | None = None) -> list[Any]:
     """CONDITIONING of one entry or more for each line that is not empty.
+
+    An edit often has one prompt and many pictures, or one picture and many prompts: of which there are fewer, those
+    come again in turn.
+
+    Args:
+        references: LATENT of pictures for an edit model; each prompt gets one.
 
     Raises:
         SSRError: no text encoder, or no line; names `where`.
@@ -38,22 +44,24 @@ def encode_lines(clip: Any, lines: Iterable[str], where: str) -> list[Any]:
         raise SSRError(f"{where}: this checkpoint brings no text encoder; load one with Load CLIP.")
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise SSRError(f"{where}: there is no prompt; write one per line.")
-    return [entry for prompt in prompts for entry in encode(clip, prompt)]
+    encoded = [encode(clip, prompt) for prompt in prompts]
+    if references is None:
+        return [entry for entries in encoded for entry in entries]
+    pictures = references["samples"].split(1)
+    turns = range(max(len(encoded), len(pictures)))
+    return [
+        entry
+        for turn in turns
+        for entry in with_reference(encoded[turn % len(encoded)], pictures[turn % len(pictures)])
+    ]
 
 
-def with_references(conditioning: Sequence[Any], latent: Mapping[str, Any]) -> list[Any]:
-    """CONDITIONING with a picture for an edit model at each entry, those of a batch in turn, one for each text.
-
-    Args:
-        latent: LATENT of one picture or more.
-    """
-    pictures, order = latent["samples"], {text: number for number, text in enumerate(texts(conditioning))}
-    found = []
-    for cond, options in conditioning:
-        number = order[options[PROMPT].text] % len(pictures)
-        seen = [*options.get("reference_latents", []), pictures[number : number + 1]]
-        found.append([cond, {**options, "reference_latents": seen}])
-    return found
+def with_reference(conditioning: Sequence[Any], picture: Tensor) -> list[Any]:
+    """CONDITIONING with a picture for an edit model, behind those it has."""
+    return [
+        [cond, {**options, "reference_latents": [*options.get("reference_latents", ()), picture]}]
+        for cond, options in conditioning
+    ]
 
 
 def texts(conditioning: Sequence[Any]) -> tuple[str, ...]:
@@ -62,11 +70,12 @@ def texts(conditioning: Sequence[Any]) -> tuple[str, ...]:
 
 
 def unchanged(conditioning: Sequence[Any]) -> list[Any]:
-    """Entries whose tensor is still what their text gave, the first of each text."""
-    found: dict[str, Any] = {}
+    """Entries whose tensor is still what their text gave, the first of each text and its pictures."""
+    found: dict[Any, Any] = {}
     for cond, options in conditioning:
         if PROMPT in options and cond is options[PROMPT].encoded:
-            found.setdefault(options[PROMPT].text, [cond, options])
+            pictures = tuple(map(id, options.get("reference_latents", ())))
+            found.setdefault((options[PROMPT].text, pictures), [cond, options])
     return list(found.values())
 
 

@@ -51,6 +51,15 @@ def combinations(tooltip: str, **more: Any) -> io.String.Input:
     return io.String.Input("combinations", default="", tooltip=tooltip, **shown, **more)
 
 
+def references() -> io.Latent.Input:
+    return io.Latent.Input(
+        "references",
+        optional=True,
+        tooltip="For edit models: input pictures, VAE-encoded, one for each prompt in turn; of prompts and pictures, "
+        "the fewer come again. Set Reference Latent gives the same to all.",
+    )
+
+
 def dtype() -> io.Combo.Input:
     return io.Combo.Input(
         "dtype",

@@ -13,6 +13,9 @@ FILLERS = frozenset(
     ]
 )
 
+# by which prompts for edit models begin: they say nothing without what comes behind
+ORDERS = frozenset(["add", "apply", "change", "convert", "edit", "give", "let", "make", "put", "remove", "turn", "use"])
+
 
 def common_words(texts: Sequence[str]) -> str:
     """The longest run of words that is in all of these texts, as the first of them writes it; empty if there is none.
@@ -27,7 +30,7 @@ def common_words(texts: Sequence[str]) -> str:
     )
     for run in runs:
         phrase = _trimmed(run)
-        if phrase and all(_holds(words, run) for words in others):
+        if _means_something(phrase) and all(_holds(words, run) for words in others):
             return " ".join(phrase)
     return ""
 
@@ -50,6 +53,10 @@ def _trimmed(run: Sequence[str]) -> list[str]:
     """Without fillers at the ends."""
     kept = [number for number, word in enumerate(run) if word.casefold() not in FILLERS]
     return list(run[kept[0] : kept[-1] + 1]) if kept else []
+
+
+def _means_something(phrase: Sequence[str]) -> bool:
+    return any(word.casefold() not in FILLERS | ORDERS for word in phrase)
 
 
 def _holds(words: Sequence[str], run: Sequence[str]) -> bool:

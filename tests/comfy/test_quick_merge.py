@@ -50,11 +50,11 @@ def quick(model, clip, steps=3, **inputs):
     return execute(node("quick_merge.SSRQuickMerge"), **given, **inputs)
 
 
-def chain(model, clip):
+def chain(model, clip, **references):
     """(model, clip, lora, report) of the nodes one by one."""
     tasks = ()
     for name, strength, text in zip(("cat", "house"), (1.0, 0.6), PROMPTS, strict=True):
-        prompts = execute(node("prompts.SSRPrompts"), clip=clip, text=text)[0]
+        prompts = execute(node("prompts.SSRPrompts"), clip=clip, text=text, **references)[0]
         given = {"lora_name": f"{name}.safetensors", "strength": strength, "calibration": prompts}
         tasks = execute(node("add_lora.SSRAddLoRA"), **given, tasks=tasks)[0]
     how = {"seed": 0, "steps": 3, "sampler_name": "euler", "scheduler": "simple", "clip": clip}
@@ -83,6 +83,15 @@ def test_it_gives_exactly_what_the_nodes_one_by_one_give(model, clip, files):
     assert one[2].metadata == other[2].metadata
     assert torch.equal(wide_sample(*one[:2]), wide_sample(*other[:2]))
     assert torch.equal(read(one[1]), read(other[1])) and relative(read(one[1]), read(clip)) > 1e-3
+
+
+def test_an_edit_models_pictures_go_to_the_prompts_as_ssr_prompts_gives_them(model, clip, files):
+    pictures = {"references": {"samples": torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(5))}}
+    names = chosen("cat.safetensors", "house.safetensors")
+    one, other = quick(model, clip, **names, **pictures), chain(model, clip, **pictures)
+    assert one[3] == other[3] and all(torch.equal(one[2][key], other[2][key]) for key in other[2])
+    blind = quick(model, clip, **names)
+    assert any(not torch.equal(one[2][key], blind[2][key]) for key in blind[2])
 
 
 def test_places_without_a_lora_are_passed_over_with_their_prompts(model, clip, files):
@@ -189,6 +198,15 @@ def test_lines_of_combinations_go_along_with_a_stack(clip, files):
         **{"lora_stack": stack, "clip": clip, "prompts": "a cat\n\na house", "combinations": "all: a cat, a house"},
     )
     assert [getattr(one, "which", "") for one in tasks] == ["", "", "all"]
+
+
+def test_a_stack_and_its_combinations_get_pictures_for_an_edit_model(clip, files):
+    stack, pictures = [("cat.safetensors", 1.0, 1.0), ("house.safetensors", 1.0, 1.0)], torch.zeros(2, 16, 4, 4)
+    lines = {"prompts": "a cat\n\na house\na hut\na shed", "combinations": "all: a cat, a house"}
+    given = {"lora_stack": stack, "clip": clip, **lines, "references": {"samples": pictures}}
+    (tasks,) = execute(node("add_lora_stack.SSRAddLoRAStack"), **given)
+    assert [len(one.conditioning) for one in tasks] == [2, 3, 2]
+    assert all(len(options["reference_latents"]) == 1 for one in tasks for _, options in one.conditioning)
 
 
 def test_what_was_measured_is_kept_where_the_merge_cannot_be_made(model, clip, files, pack_module):

@@ -110,20 +110,48 @@ def test_two_edits_by_one_file_are_nearer_to_each_by_its_own_than_by_both_stacke
     assert off["merge"] < 0.5 * off["stack"]
 
 
-def test_each_prompt_gets_its_own_picture_of_a_batch_in_turn_beside_those_that_it_has():
+def pictures_and_texts(found):
+    prompt = importlib.import_module("ssr_pack.nodes.calibrating.prompt").PROMPT
+    return [([int(one.mean()) for one in options["reference_latents"]], options[prompt].text) for _, options in found]
+
+
+def test_each_prompt_gets_its_own_picture_of_a_batch_in_turn():
     clip, batch = tiny_clip(torch.float32), torch.arange(2.0)[:, None, None, None].expand(2, 16, 4, 4)
     prompts = node("prompts.SSRPrompts")
     (found,) = execute(prompts, clip=clip, text="sepia\n\na hat\nboth", references={"samples": batch})
-    assert [[int(one.mean()) for one in options["reference_latents"]] for _, options in found] == [[0], [1], [0]]
+    assert pictures_and_texts(found) == [([0], "sepia"), ([1], "a hat"), ([0], "both")]
     assert all(one.shape[0] == 1 for _, options in found for one in options["reference_latents"])
-    again = importlib.import_module("ssr_pack.nodes.calibrating.prompt").with_references(found, {"samples": batch[1:]})
-    assert [[int(one.mean()) for one in options["reference_latents"]] for _, options in again] == [
-        [0, 1],
-        [1, 1],
-        [0, 1],
-    ]
     (plain,) = execute(prompts, clip=clip, text="sepia")
     assert "reference_latents" not in plain[0][1]
+
+
+def test_one_prompt_is_said_of_every_picture_of_a_batch():
+    """Most edit LoRAs are asked by the same words whatever the picture."""
+    clip, batch = tiny_clip(torch.float32), torch.arange(3.0)[:, None, None, None].expand(3, 16, 4, 4)
+    (found,) = execute(node("prompts.SSRPrompts"), clip=clip, text="sepia", references={"samples": batch})
+    assert pictures_and_texts(found) == [([0], "sepia"), ([1], "sepia"), ([2], "sepia")]
+    (found,) = execute(node("prompts.SSRPrompts"), clip=clip, text="sepia\nsepia", references={"samples": batch[:2]})
+    assert pictures_and_texts(found) == [([0], "sepia"), ([1], "sepia")]
+
+
+def test_a_picture_comes_behind_those_that_a_prompt_has():
+    clip, first, second = tiny_clip(torch.float32), torch.zeros(1, 16, 4, 4), torch.ones(1, 16, 4, 4)
+    (found,) = execute(node("prompts.SSRPrompts"), clip=clip, text="sepia", references={"samples": first})
+    again = importlib.import_module("ssr_pack.nodes.calibrating.prompt").with_reference(found, second)
+    assert pictures_and_texts(again) == [([0, 1], "sepia")]
+
+
+def test_pairs_of_edits_with_one_prompt_each_are_made_with_several_pictures():
+    clip, batch = tiny_clip(torch.float32), torch.arange(4.0)[:, None, None, None].expand(4, 16, 4, 4)
+    task = importlib.import_module("ssr_pack.nodes.reading.task").Task
+    tasks = []
+    for name in ("turn it sepia", "add a hat"):
+        (found,) = execute(node("prompts.SSRPrompts"), clip=clip, text=name, references={"samples": batch})
+        tasks.append(task(name, {}, 1.0, found))
+    *_, pair = importlib.import_module("ssr_pack.nodes.calibrating.case_prompts").cases_of(tasks, (), 3)
+    found = pictures_and_texts(pair.conditioning)
+    assert len({tuple(seen) for seen, _ in found}) == 3
+    assert {text for _, text in found} == {"turn it sepia, add a hat", "add a hat, turn it sepia"}
 
 
 def test_a_picture_stays_with_a_prompt_that_the_text_encoder_reads_again_and_with_pairs_made_of_it():

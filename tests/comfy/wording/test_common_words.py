@@ -22,6 +22,8 @@ def module(name):
         (("in the style of inkpunk, a house", "a car in the style of inkpunk"), "style of inkpunk"),
         (("Anna1 woman, portrait", "photo of anna1 woman in a park"), "Anna1 woman"),
         (("a man in a krndress coat", "a krndress hat", "a couple of krndress hats"), "krndress"),
+        (("turn sepia", "turn the ball sepia", "turn it sepia"), "sepia"),  # the order says nothing by itself
+        (("add a hat", "add a hat"), "add a hat"),
         ((), ""),
     ],
 )
