@@ -8,22 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LoraError, StatisticsError
 from ..lora.lora import Lora
 from ..lora.low_rank_update import LowRankUpdate
 from ..lora.site import Site
 from ..lora.subspace import Subspace, join_loras
-from ..parallel import each
 from ..statistics.calibration import Calibration
 from ..statistics.case import Case, singles
 from ..statistics.correction import Correction
-from ..statistics.sufficient_statistics import SufficientStatistics, not_finite
+from ..statistics.sufficient_statistics import SufficientStatistics
 from .recording import Recording
 from .refinement import Refinement, Uncompared
 from .requirement import Requirement, groups_of, statistics_dtype, targets_dtype
-from .sketch import principal_rows
+from .survey import Survey
 
 CONTEXT = 128  # context rows per layer
 
@@ -62,10 +61,8 @@ class StatisticsCollector:
         self._statistics: dict[Site, SufficientStatistics] = {}
         self._corrections: dict[Site, Correction] = {}
         self._names: dict[str, str] = {}
-        self._surveyed = 0  # context rows that the surveys looked for
-        self.surveys: dict[str, Tensor] = {}  # by module: what the layer's inputs look like, all tasks alike
+        self.survey = Survey()
         self.uncompared: dict[str, Uncompared] = {}  # modules of which no case is refined, and why
-        self.shared: dict[str, str] = {}  # modules that have the input of another one in all surveys
 
     @contextmanager
     def watching(self, model: nn.Module, case: int | Sequence[int]) -> Iterator[Recording]:
@@ -154,21 +151,13 @@ class StatisticsCollector:
         """
         speaking, number = self._numbered(case)
         active = {task: self.loras[task].strength for task in speaking.speakers}
-        recording = Recording(self.subspaces, number, active, survey, tokens, self.shared, self._dtype)
+        recording = Recording(self.subspaces, number, active, survey, tokens, self.survey.shared, self._dtype)
         try:
             yield recording
         finally:
             recording.close()
-        for module, sketched in recording.sketches():
-            if not torch.isfinite(sketched).all():
-                raise StatisticsError(not_finite(module))
-            known = self.surveys.get(module)
-            self.surveys[module] = sketched.float() if known is None else known + sketched.float()
         if survey:
-            followers = recording.followers
-            again = {m: leader for m, leader in followers.items() if self.shared.get(m) == leader}
-            self.shared = again if self._surveyed else followers
-            self._surveyed = max(self._surveyed, survey)
+            self.survey.add(recording, survey)
         else:
             self._know(speaking, number)
         self._statistics.update(self._sums_with(recording))
@@ -179,18 +168,11 @@ class StatisticsCollector:
         """Give every subspace the context rows that the surveys found, or the first `rows` of them."""
         if self._statistics:
             raise StatisticsError("Context rows cannot be added once statistics are collected; survey first.")
-        rows = min(rows, self._surveyed)
-        of_leader: dict[str, list[Site]] = {}
-        for site, space in self.subspaces.items():
-            if space.is_routed:
-                of_leader.setdefault(self.shared.get(site.module, site.module), []).append(site)
-        seen = [module for module in of_leader if module in self.surveys]
-        # a survey is large, and goes as soon as its rows are found
-        found = each(lambda module: principal_rows(self.surveys.pop(module).double(), rows), seen)
-        for module, directions in zip(seen, found, strict=True):
-            for site in of_leader[module]:
-                self.subspaces[site] = self.subspaces[site].with_context(directions)
-        self.surveys.clear()
+        routed = [site for site, space in self.subspaces.items() if space.is_routed]
+        found = self.survey.spend((site.module for site in routed), rows)
+        for site in routed:
+            if site.module in found:
+                self.subspaces[site] = self.subspaces[site].with_context(found[site.module])
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -32,11 +32,12 @@ def sum_surveys(collector: StatisticsCollector, group: Any = None) -> None:
     Raises:
         StatisticsError: the processes surveyed other layers.
     """
-    modules = sorted(collector.surveys)
+    survey = collector.survey
+    modules = sorted(survey.sketches)
     _check_equal((modules, sorted(map(str, collector.subspaces))), "surveyed other layers or LoRAs", group)
-    collector.surveys = {module: _summed(collector.surveys[module], group) for module in modules}
-    shared = _gathered(collector.shared, group)
-    collector.shared = {m: leader for m, leader in shared[0].items() if all(s.get(m) == leader for s in shared)}
+    survey.sketches = {module: _summed(survey.sketches[module], group) for module in modules}
+    shared = _gathered(survey.shared, group)
+    survey.shared = {m: leader for m, leader in shared[0].items() if all(s.get(m) == leader for s in shared)}
 
 
 def sum_calibrations(calibration: Calibration, group: Any = None) -> Calibration:

@@ -18,7 +18,7 @@ CORE = {
     "statistics": ("case", "grams", "sufficient_statistics", "correction", "calibration", "weight_calibration"),
     "measure": (
         *("accumulator", "placed", "layer", "finding", "sketch", "token_choice", "tap"),
-        *("recording", "refinement", "requirement", "collector", "distributed"),
+        *("recording", "survey", "refinement", "requirement", "collector", "distributed"),
     ),
     "solve": (
         *("router", "rank", "selection", "settings", "diagnostics", "likeness", "summary", "merge_report"),

@@ -100,7 +100,7 @@ def with_context(collector: StatisticsCollector) -> StatisticsCollector:
     for site, space in collector.subspaces.items():
         spaces[site] = space.with_context(torch.eye(space.down.shape[1])[:CONTEXT])
     seeing = StatisticsCollector(collector.loras, spaces)
-    seeing.shared = {"k": "q", "v": "q"}
+    seeing.survey.shared = {"k": "q", "v": "q"}
     return seeing
 
 

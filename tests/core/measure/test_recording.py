@@ -53,7 +53,7 @@ def pair(model: nn.Module) -> list[Lora]:
 def test_layers_with_one_input_are_projected_together(tokens):
     model, x = Attention().double(), random(30, 16)
     collector = surveyed(model, pair(model), x)
-    assert collector.shared == {"k": "q", "v": "q"}
+    assert collector.survey.shared == {"k": "q", "v": "q"}
     with torch.no_grad(), collector.recording(0, tokens=tokens, survey=0) as recording, Products(16) as products:
         recording.attach(model)
         model(x)
@@ -67,7 +67,7 @@ def test_layers_with_one_input_are_projected_together(tokens):
 def test_what_is_projected_together_is_what_each_layer_would_have_measured(tokens):
     model, x = Attention().double(), random(30, 16)
     together, apart = (surveyed(model, pair(model), x) for _ in range(2))
-    apart.shared = {}
+    apart.survey.shared = {}
     results = []
     for collector in (together, apart):
         with torch.no_grad(), collector.recording(1, tokens=tokens) as recording:
