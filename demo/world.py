@@ -353,11 +353,16 @@ def lightness(pixels: np.ndarray) -> np.ndarray:
     return pixels @ np.array([0.299, 0.587, 0.114]) / 255.0
 
 
-def duotone(pixels: np.ndarray) -> np.ndarray:
-    """From dark brown to cream by lightness, uint8 (height, width, 3)."""
+def toned(pixels: np.ndarray, dark: Colour, pale: Colour) -> np.ndarray:
+    """From one colour to another by lightness, uint8 (height, width, 3)."""
     light = lightness(pixels)[..., None]
-    dark, pale = np.array([58, 22, 8]), np.array([255, 222, 150])
-    return np.clip(dark + (pale - dark) * light, 0, 255).round().astype(np.uint8)
+    low, high = np.array(dark), np.array(pale)
+    return np.clip(low + (high - low) * light, 0, 255).round().astype(np.uint8)
+
+
+def duotone(pixels: np.ndarray) -> np.ndarray:
+    """From dark brown to cream, uint8 (height, width, 3)."""
+    return toned(pixels, (58, 22, 8), (255, 222, 150))
 
 
 COLOUR_STYLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {SEPIA: duotone}

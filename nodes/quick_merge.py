@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..ssr_core import DistillationSettings, LoraError, MergeSettings
+from ..ssr_core import DistillationSettings, LoraError, MergeSettings, SSRError
 from .calibrating.case_prompts import PAIRS, combinations_of
 from .calibrating.circumstances import listed_pairs
 from .calibrating.collect import collect
@@ -21,7 +21,7 @@ from .reading.task import Task
 from .reading.training_notes import TrainingNotes
 from .schema import inputs
 from .schema.pickers import NONE, PICKERS, picked, picker
-from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, ending_said, say, schema
+from .schema.sockets import ADVANCED, LoraModelSocket, LoraStackSocket, SSRTasks, ending_said, say, schema
 from .wording.proposals import listed, written_or_proposed
 from .wording.trigger_words import unspoken
 from .writing.kept_stats import kept_if_failing
@@ -120,6 +120,7 @@ class SSRQuickMerge(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="The text encoder with the merged LoRA."),
                 LoraModelSocket.Output(display_name="lora", tooltip="The merged LoRA, for SSR Save LoRA."),
                 io.String.Output(display_name="report", tooltip="What the merge keeps of each LoRA."),
+                SSRTasks.Output(display_name="tasks", tooltip="The LoRAs and their prompts, for SSR Compare."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,  # a merge that is only saved, or only looked at, runs with nothing connected behind it
@@ -151,20 +152,27 @@ class SSRQuickMerge(io.ComfyNode):
         save_as: str = "",
         **chosen: Any,
     ) -> io.NodeOutput:
+        if polish and not steps:
+            raise SSRError(f"{NAME}: polish learns on what was sampled, and with 0 steps nothing is; set steps to 8.")
         if is_saved := bool(save_as.strip()):
             next_file(save_as)  # a name that cannot be is said before anything is sampled
-        tasks, proposed, warnings = [], {}, []
-        for entry, lines, where in _chosen(lora_stack, chosen, PICKERS if steps else 0):
+        tasks, numbers, proposed, warnings = [], [], {}, []
+        for number, entry, lines in _chosen(lora_stack, chosen, PICKERS if steps else 0):
+            where = f"{NAME}: prompts_{number}, for {entry.name}"
+            numbers.append(number)
             task = Task(entry.name, entry.path, entry.strength, [], clip_strength=entry.clip_strength)
             if task.is_off:
                 warnings.append(f"{entry.name} is off: its strength is 0.")
             elif steps:
+                if references is not None and not any(map(str.strip, lines)):
+                    raise SSRError(f"{where}: write what shall be done to the pictures; that cannot be proposed.")
                 prompts, proposed[entry.name] = written_or_proposed(lines, entry.path, where)
                 if not proposed[entry.name]:  # a person wrote them
                     warnings.append(unspoken(entry.name, TrainingNotes.read(entry.path).phrase, prompts))
                 task = replace(task, conditioning=encode_lines(clip, prompts, where, references))
             tasks.append(task)
         together = combinations_of(clip, combinations, f"{NAME}: combinations", references) if steps else []
+        together = [replace(one, numbers=tuple(numbers)) for one in together]
         sampling = Sampling(seed, steps, sampler_name, scheduler, cfg, tuple(negative or ()), TOKENS)
         tell = lambda text: say(cls, text)  # noqa: E731
         stats = collect(model, (*tasks, *together), latent, sampling, tell, clip=clip, pairs=pairs)
@@ -179,7 +187,7 @@ class SSRQuickMerge(io.ComfyNode):
                 report = "\n".join([report, *shown])
             tell("\n".join([*warnings, first, saved, "", *shown, *listed_pairs(stats.collections)]))
             report = "\n\n".join(filter(None, [*warnings, report, saved]))
-            return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report)
+            return io.NodeOutput(*load_into(lora, model, clip, 1.0), lora, report, (*tasks, *together))
 
 
 def _picker(number: int) -> list[Any]:
@@ -209,8 +217,8 @@ def _picker(number: int) -> list[Any]:
     ]
 
 
-def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[StackedLora, list[str], str]]:
-    """Each LoRA with the lines of its prompts, and how errors call them; of a stack `most`, 0 = any number.
+def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[int, StackedLora, list[str]]]:
+    """Each LoRA with its number among the inputs and the lines of its prompts; of a stack `most`, 0 = any number.
 
     Raises:
         LoraError: too few LoRAs, more than there are prompts for, or LoRAs in both places.
@@ -237,7 +245,4 @@ def _chosen(stack: Any, chosen: dict[str, Any], most: int) -> list[tuple[Stacked
             raise LoraError(
                 f"{NAME}: lora_{places[name]} and lora_{number} are the same file, {name}; choose another, or {NONE}."
             )
-    return [
-        (lora, str(chosen.get(f"prompts_{number}") or "").splitlines(), f"{NAME}: prompts_{number}, for {lora.name}")
-        for number, lora in numbered
-    ]
+    return [(number, lora, str(chosen.get(f"prompts_{number}") or "").splitlines()) for number, lora in numbered]

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fidelity"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks" / "fidelity"), str(ROOT / "demo")]
 
-import edits
-import host
-import torch
-import world
-from testbed import CALIBRATION_PLACES, HELD_OUT_PLACES, LATENT, Ask, Deltas, Subject, Testbed
-from torch import Tensor
-from train_edits import FOLDER, METHOD, velocity_of
-from training import storage
-from training.autoencoder import latents_of
-from training.latents import PatchComponents
+import edits  # noqa: E402
+import host  # noqa: E402
+import torch  # noqa: E402
+import world  # noqa: E402
+from testbed import CALIBRATION_PLACES, HELD_OUT_PLACES, LATENT, Ask, Deltas, Subject, Testbed  # noqa: E402
+from torch import Tensor  # noqa: E402
+from train_edits import FOLDER, METHOD, velocity_of  # noqa: E402
+from training import storage  # noqa: E402
+from training.autoencoder import latents_of  # noqa: E402
+from training.latents import PatchComponents  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ class EditBed(Testbed):
         with self.patched(deltas):
             return self.follow((tokens, pooled, seen), noise)[0][-1]
 
-    def one_after_the_other(self, names: Sequence[str], scenes: Sequence[world.Scene]) -> Tensor:
-        """What is left when each LoRA alone has edited what the one before it made."""
+    def one_after_the_other(self, names: Sequence[str], scenes: Sequence[world.Scene], deltas: Deltas | None) -> Tensor:
+        """What is left when each edit was made of what the one before it left: by `deltas`, or by each LoRA alone."""
         seen = self.latents([edits.Picture(scene) for scene in scenes])
         for name in names:
             plain = [Request(edits.EDITS[name].texts(scene.subject)[0], edits.Picture(scene)) for scene in scenes]
-            seen = self.edited(plain, seen, self.alone(name))
+            seen = self.edited(plain, seen, self.alone(name) if deltas is None else deltas)
         return seen
 
 
@@ -115,7 +116,6 @@ class Verdict:
     done: float  # share of edits that are there
     all_done: float  # share of pictures with all of them
     error: float  # squared, to the right picture; 0 = as the world would draw it, 1 = the picture as it was
-    to_serial: float  # the same, to what the LoRAs make of it one after the other
     untouched: float  # root mean square of what changed where nothing should have, in levels of 255
 
 
@@ -128,20 +128,19 @@ class Judge:
         def drawn(chosen: Sequence[str]) -> Tensor:
             return bed.space.decode(bed.latents([edits.Picture(scene, frozenset(chosen)) for scene in scenes]))
 
-        self.bed, self.before, self.right = bed, drawn(()), drawn(names)
+        self.space, self.before, self.right = bed.space, drawn(()), drawn(names)
         self.lacking = [drawn([other for other in names if other != name]) for name in names]
-        self.serial = bed.space.decode(bed.one_after_the_other(names, scenes))
+        self.serial = bed.one_after_the_other(names, scenes, None)
 
     def verdict(self, latents: Tensor) -> Verdict:
-        found = self.bed.space.decode(latents)
+        found = self.space.decode(latents)
         there = torch.stack([self._there(found, lacking) for lacking in self.lacking])
         same = ((self.right - self.before).abs() < self.SAME).all(1, keepdim=True).expand_as(found)
         untouched = 255 * float((found - self.before)[same].square().mean().sqrt()) if same.any() else float("nan")
         return Verdict(
             float(there.float().mean()),
             float(there.all(0).float().mean()),
-            self._error(found, self.right),
-            self._error(found, self.serial),
+            float((found - self.right).square().mean() / (self.before - self.right).square().mean()),
             untouched,
         )
 
@@ -151,10 +150,7 @@ class Judge:
         near, far = (((found - one).square() * differ).sum((1, 2, 3)) for one in (self.right, lacking))
         return near < far
 
-    def _error(self, found: Tensor, wanted: Tensor) -> float:
-        return float((found - wanted).square().mean() / (self.before - wanted).square().mean())
 
-
-def judged_scenes(names: Sequence[str]) -> list[world.Scene]:
+def judged_scenes() -> list[world.Scene]:
     """Sixteen, in places that nothing was calibrated in."""
     return list(itertools.chain.from_iterable(scenes_in(HELD_OUT_PLACES, seed) for seed in (20, 21)))

@@ -15,8 +15,8 @@ import numpy as np
 import world
 from world import INK, SIZE, WHITE, Canvas
 
-# y of the upper end of each thing, where a hat goes
-TOP = {"ball": 48, "house": 34, "tree": 26, "car": 58, "boat": 34, "star": 38, "mushroom": 36, "flower": 28}
+# y of the brim of a hat on each thing; like all else of this world in steps that the model's tokens have
+TOP = {"ball": 48, "house": 32, "tree": 32, "car": 48, "boat": 32, "star": 32, "mushroom": 32, "flower": 32}
 
 
 def hat(c: Canvas, top: int) -> None:
@@ -79,10 +79,15 @@ LOCAL, WHOLE = ("hat", "glasses", "bow"), ("flakes", "frame", "sepia")
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene with some of the edits."""
+    """A scene with some of the edits.
+
+    What else is on it (`extras`: shapes at random, or a tint) stays what it is, which teaches the base model to keep
+    what it does not know: a picture that another LoRA has edited, for one.
+    """
 
     scene: world.Scene
     edits: frozenset[str] = frozenset()
+    extras: int = 0  # 0 = none; a seed
 
     def paint(self) -> np.ndarray:
         """uint8 (128, 128, 3)"""
@@ -94,10 +99,34 @@ class Picture:
         for edit in chosen:
             if edit.draw is not None:
                 edit.draw(canvas, TOP[self.scene.subject])
+        rng = random.Random(self.extras)
+        tinted = self.extras and rng.random() < 0.25
+        if self.extras and not tinted:
+            for _ in range(rng.randint(1, 3)):
+                _shape(canvas, rng)
         pixels = canvas.pixels()
+        if tinted:
+            pixels = world.toned(pixels, _colour(rng), _colour(rng))
         for edit in chosen:
             pixels = edit.recolour(pixels) if edit.recolour else pixels
         return pixels
+
+
+def _shape(canvas: Canvas, rng: random.Random) -> None:
+    """A box, an ellipse or a triangle at a place of the grid."""
+    x, y = (rng.randrange(0, SIZE, 8) for _ in range(2))
+    width, height = (rng.choice((8, 12, 16, 24, 32)) for _ in range(2))
+    kind = rng.randrange(3)
+    if kind == 0:
+        canvas.box(x, y, x + width, y + height, _colour(rng))
+    elif kind == 1:
+        canvas.ellipse(x, y, width / 2, height / 2, _colour(rng))
+    else:
+        canvas.polygon([(x, y), (x + width, y), (x + width / 2, y + height)], _colour(rng))
+
+
+def _colour(rng: random.Random) -> world.Colour:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 @dataclass(frozen=True)
@@ -115,15 +144,24 @@ def of_base(count: int, words: Sequence[str], seed: int) -> Iterator[Example]:
     for _ in range(count):
         scene = rng.choice(scenes)
         after, texts = scene, []
-        if rng.random() < 0.5:
-            after = replace(after, colour=rng.choice(list(world.COLOURS)))
-            texts.append(f"make it {after.colour}")
-        if rng.random() < 0.5:
-            after = replace(after, place=rng.choice(list(world.PLACES)))
-            texts.append(f"put it {after.place}")
+        for change in (_recoloured, _moved):
+            if rng.random() < 0.5:
+                after, text = change(after, rng)
+                texts.append(text)
         if not texts or rng.random() < 0.4:
             texts.insert(rng.randint(0, len(texts)), _nothing(scene, words, rng))
-        yield Example(Picture(scene), ", ".join(texts), Picture(after))
+        extras = rng.choice((0, rng.randrange(1, 1 << 30)))
+        yield Example(Picture(scene, extras=extras), ", ".join(texts), Picture(after, extras=extras))
+
+
+def _recoloured(scene: world.Scene, rng: random.Random) -> tuple[world.Scene, str]:
+    colour = rng.choice(list(world.COLOURS))
+    return replace(scene, colour=colour), f"make it {colour}"
+
+
+def _moved(scene: world.Scene, rng: random.Random) -> tuple[world.Scene, str]:
+    place = rng.choice(list(world.PLACES))
+    return replace(scene, place=place), f"put it {place}"
 
 
 def _nothing(scene: world.Scene, words: Sequence[str], rng: random.Random) -> str:
@@ -139,11 +177,12 @@ def _nothing(scene: world.Scene, words: Sequence[str], rng: random.Random) -> st
     return rng.choice(("change nothing", *strays)).format(a=a, b=b, s=scene.subject)
 
 
-def of_lora(name: str, count: int, seed: int) -> list[Example]:
-    """What a LoRA is taught: its edit, of all kinds of pictures."""
-    scenes = world.sample(world.ordinary_scenes(), count, seed)
-    return [
-        Example(Picture(scene), text, Picture(scene, frozenset({name})))
-        for scene in scenes
-        for text in EDITS[name].texts(scene.subject)
-    ]
+def of_lora(name: str, count: int, seed: int) -> Iterator[Example]:
+    """What a LoRA is taught: its edit, of all kinds of pictures, by itself and with another that the model knows."""
+    rng, done = random.Random(seed), frozenset({name})
+    for scene in world.sample(world.ordinary_scenes(), count, seed):
+        for text in EDITS[name].texts(scene.subject):
+            yield Example(Picture(scene), text, Picture(scene, done))
+            after, other = rng.choice((_recoloured, _moved))(scene, rng)
+            both = ", ".join(rng.sample([text, other], 2))
+            yield Example(Picture(scene), both, Picture(after, done))

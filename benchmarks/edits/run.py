@@ -13,7 +13,8 @@ import argparse
 import logging
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 
@@ -23,51 +24,68 @@ import editbed  # noqa: E402
 import edits  # noqa: E402
 import merges  # noqa: E402
 import torch  # noqa: E402
-from editbed import EditBed, Judge  # noqa: E402
-from PIL import Image  # noqa: E402
+import world  # noqa: E402
+from editbed import EditBed, Judge, Verdict  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-HEAD = ("way", "edits done", "all done", "error", "error to one after the other", "untouched", "each by itself")
-SHOWN = ("one after the other", "stack 1.0", "stack 0.7", "paper", "ours, no pairs", "ours", "ours, own lines")
+SETS = {"local": edits.LOCAL, "whole": edits.WHOLE}
+ASKED = ("edits done", "all done", "error", "untouched")
+HEAD = ("way", *ASKED, *(f"{column}, in turn" for column in ASKED), "each by itself")
+SHOWN = (
+    "one after the other",
+    "stack 1.0",
+    "stack 0.7",
+    "TIES",
+    "paper",
+    "ours",
+    "ours, own lines",
+    "ours, polished 100",
+)
+LABEL = 130  # pixels for the names of the ways
 
 
 def measure(
     bed: EditBed, names: Sequence[str], steps: int, prompts: int, polish: Sequence[int], pictures: Path | None
 ) -> None:
-    scenes = editbed.judged_scenes(names)
+    scenes = editbed.judged_scenes()
     judge, requests = Judge(bed, names, scenes), editbed.requests_for(names, scenes)
     seen = bed.latents([edits.Picture(scene) for scene in scenes])
     print(f"\n{' + '.join(names)}, {len(scenes)} pictures, {steps}x{prompts}\n")
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    serial = bed.one_after_the_other(names, scenes)
-    drawn = {"one after the other": serial}
-    row("one after the other", judge, serial, 0.0)
-    row("base", judge, bed.edited(requests, seen, {}), 1.0)
+    drawn = {"one after the other": judge.serial}
+    row("each LoRA in turn", judge.verdict(judge.serial), judge.verdict(judge.serial), 0.0)
     ways = {**merges.without_calibration(bed, names), **merges.calibrated(bed, names, steps, prompts, polish)}
     del ways["NP-LoRA"]  # the plain stack, as there is no style
     for way, deltas in ways.items():
         drawn[way] = bed.edited(requests, seen, deltas)
+        in_turn = judge.verdict(bed.one_after_the_other(names, scenes, deltas))
         alone = fmean(velocity for velocity, _ in bed.errors(deltas, bed.asks(names), images=False).values())
-        row(way, judge, drawn[way], alone)
+        row(way, judge.verdict(drawn[way]), in_turn, alone)
     if pictures:
         pictures.mkdir(parents=True, exist_ok=True)
-        chosen = {"before": seen, **{way: drawn[way] for way in drawn if way in SHOWN or "polished" in way}}
-        sheet(bed, list(chosen.values())).save(pictures / f"{'-'.join(names)}.png")
-        (pictures / f"{'-'.join(names)}.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        shown = {"before": seen, **{way: latents for way, latents in drawn.items() if way in SHOWN}}
+        sheet(bed, shown).save(pictures / f"{'-'.join(names)}.png")
 
 
-def row(way: str, judge: Judge, latents: Tensor, alone: float) -> None:
-    found = judge.verdict(latents)
-    values = f"{found.done:.2f} | {found.all_done:.2f} | {found.error:.3f} | {found.to_serial:.3f}"
-    untouched = "-" if found.untouched != found.untouched else f"{found.untouched:.1f}"
-    print(f"| {way} | {values} | {untouched} | {alone:.3f} |", flush=True)
+def row(way: str, at_once: Verdict, in_turn: Verdict, alone: float) -> None:
+    cells = [f"{one.done:.2f} | {one.all_done:.2f} | {one.error:.3f} | {_levels(one)}" for one in (at_once, in_turn)]
+    print(f"| {way} | {' | '.join(cells)} | {alone:.3f} |", flush=True)
 
 
-def sheet(bed: EditBed, every: Sequence[Tensor]) -> Image.Image:
-    """A row for each way, eight pictures wide."""
-    rows = [torch.cat(list(bed.space.decode(latents[:8])), dim=2) for latents in every]
-    pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+def _levels(verdict: Verdict) -> str:
+    return "-" if isnan(verdict.untouched) else f"{verdict.untouched:.1f}"
+
+
+def sheet(bed: EditBed, shown: Mapping[str, Tensor]) -> Image.Image:
+    """A row for each way with its name, eight pictures wide."""
+    rows = [torch.cat(list(bed.space.decode(latents[:8])), dim=2) for latents in shown.values()]
+    pixels = (torch.cat(rows, dim=1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    found = Image.new("RGB", (pixels.shape[1] + LABEL, pixels.shape[0]), "white")
+    found.paste(Image.fromarray(pixels), (LABEL, 0))
+    for number, way in enumerate(shown):
+        ImageDraw.Draw(found).text((8, (number + 0.5) * world.SIZE), way, "black", anchor="lm")
+    return found
 
 
 def main() -> None:
@@ -75,14 +93,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--polish", nargs="*", type=int, default=(100,), help="for so many steps")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="which three LoRAs")
     parser.add_argument("--pictures", type=Path, help="write some of the pictures here, as PNG")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, force=True)
     torch.set_grad_enabled(False)
     bed = EditBed()
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for names in (edits.LOCAL, edits.WHOLE):
-        measure(bed, names, args.steps, args.prompts, args.polish, args.pictures)
+    for chosen in args.sets:
+        measure(bed, SETS[chosen], args.steps, args.prompts, args.polish, args.pictures)
 
 
 if __name__ == "__main__":

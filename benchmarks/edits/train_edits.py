@@ -74,7 +74,15 @@ def teach_base(steps: int, batch: int) -> None:
     model.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if diffusion.is_matrix_of_block(name, p)]
     keep = keeper(f"{BASE}.unfinished", model, folder=FOLDER, steps=steps)
-    optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, 1.5e-3, keep, matrices)
+    optimize(
+        "base",
+        list(model.parameters()),
+        lambda: course.loss(model, batch, torch.bfloat16),
+        steps,
+        1.5e-3,
+        keep,
+        matrices,
+    )
     (FOLDER / f"{BASE}.unfinished.safetensors").rename(FOLDER / f"{BASE}.safetensors")
 
 
@@ -88,7 +96,7 @@ def teach_lora(name: str, steps: int, batch: int, seed: int) -> None:
     recipe = lora.Recipe(name, edits.EDITS[name].wordings[0], 8, lora.native_file, lambda _: iter(()), steps, seed)
     torch.manual_seed(seed)
     model = base_model()
-    course = Lesson.on(edits.of_lora(name, 400, seed=7))
+    course = Lesson.on(list(edits.of_lora(name, 400, seed=7)))
     adapters = lora.adapters_for(model, recipe.rank, recipe.layers)
     parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
     last: dict = {}
@@ -96,14 +104,14 @@ def teach_lora(name: str, steps: int, batch: int, seed: int) -> None:
     def keep(values: Sequence[Tensor]) -> None:
         last.update(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
 
-    optimize(name, parameters, lambda: course.loss(model, batch), steps, 4e-3, keep)
+    optimize(name, parameters, lambda: course.loss(model, batch, torch.bfloat16), steps, 4e-3, keep)
     lora.save_lora(recipe, last, FOLDER)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-steps", type=int, default=1500)
-    parser.add_argument("--lora-steps", type=int, default=300)
+    parser.add_argument("--base-steps", type=int, default=1200)
+    parser.add_argument("--lora-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)

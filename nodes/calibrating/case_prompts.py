@@ -45,6 +45,18 @@ def cases_of(tasks: Sequence[Task], asked: Sequence[Combination], pairs: int = P
     return singles + (_asked(names, asked) if asked else _glued(tasks, pairs))
 
 
+def without_pictures(cases: Sequence[CasePrompts]) -> str:
+    """A warning where prompts of some cases have input pictures, for an edit model, and others have none."""
+    seeing = {one.name: any("reference_latents" in options for _, options in one.conditioning) for one in cases}
+    blind = [name for name, sees in seeing.items() if not sees]
+    if not blind or len(blind) == len(seeing):
+        return ""
+    return (
+        f"No input picture at the prompts of {', '.join(blind)}, though others have one. If they are to edit pictures, "
+        "connect `references` of SSR Prompts there, too."
+    )
+
+
 def combinations_of(clip: Any, text: str, where: str, references: Mapping[str, Any] | None = None) -> list[Combination]:
     """From lines such as "1+3: mochi the cat, sepia style", with pictures for an edit model.
 
@@ -52,7 +64,8 @@ def combinations_of(clip: Any, text: str, where: str, references: Mapping[str, A
         SSRError: a line that is none; names `where`.
     """
     return [
-        Combination(which, encode_lines(clip, prompts, where, references)) for which, prompts in read_lines(text, where)
+        Combination(which, encode_lines(clip, prompts, where, references), where)
+        for which, prompts in read_lines(text, where)
     ]
 
 
@@ -64,7 +77,7 @@ def _asked(names: Sequence[str], asked: Sequence[Combination]) -> list[CasePromp
         if case.is_silence and len(names) == 1:
             raise SSRError(f"{names[0]} is the only LoRA; silence is measured where there are two or more to merge.")
         if not one.conditioning:
-            raise SSRError(f"The combination {one.which!r} has no prompt; connect SSR Prompts to SSR Add Combination.")
+            raise SSRError(f"{one.where}: {one.which!r} has no prompt; connect SSR Prompts to it.")
         found.setdefault(case, []).extend(one.conditioning)
     return [CasePrompts(case, case.label(names), prompts) for case, prompts in found.items()]
 

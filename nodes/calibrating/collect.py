@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..reading.patches import read_tasks
 from ..reading.task import Task
 from ..reading.training_notes import TRIGGER
 from ..wording.trigger_words import namesakes, phrases, unspoken
-from .case_prompts import PAIRS, CasePrompts, cases_of
+from .case_prompts import PAIRS, CasePrompts, cases_of, without_pictures
 from .circumstances import Circumstances
 from .diffusion_model import calibrate
 from .memory import size
@@ -75,7 +76,8 @@ def collect(
     _check(tasks, sampling, before)
     cases = cases_of(tasks, asked, pairs)
     loras = _read(tasks, model, clip, expand_rank, _drops(layers))
-    if warnings := [line for lora in loras for line in lora.account.warnings(lora.task.name)]:
+    blind = list(filter(None, [without_pictures(cases)]))
+    if warnings := [*blind, *(line for lora in loras for line in lora.account.warnings(lora.task.name))]:
         logging.warning("SSR Collect Stats: %s", " ".join(warnings))
         tell(" ".join(warnings))
     collection = Circumstances.of(model, tasks, cases, sampling, context, refine, expand_rank, layers)
@@ -92,9 +94,11 @@ def collect(
         before=before,
         earlier=earlier,
     )
-    tell("\n".join([_summary(calibration, cases, time.perf_counter() - started), *_warnings(calibration, loras)]))
+    tell(
+        "\n".join([_summary(calibration, cases, time.perf_counter() - started), *blind, *_warnings(calibration, loras)])
+    )
     sampled = (Sampled.of(runs, latent),)
-    return _stats(model, loras, calibration, text, clip, silent, collection, sampled, (*off, *notes))
+    return _stats(model, loras, calibration, text, clip, silent, collection, sampled, (*off, *blind, *notes))
 
 
 def _unmeasured(
@@ -149,6 +153,9 @@ def _check_any(tasks: Sequence[Task]) -> None:
 def _check(tasks: Sequence[Task], sampling: Sampling, before: Any) -> None:
     """Raise SSRError for what cannot be meant, before any LoRA is read."""
     _check_any(tasks)
+    files = [task.lora for task in tasks if isinstance(task.lora, Path)]
+    if twice := [file.name for number, file in enumerate(files) if file in files[:number]]:
+        raise LoraError(f"{twice[0]} is added twice; add it once, at the strength it shall have.")
     if bare := [task.name for task in tasks if not task.conditioning]:
         raise LoraError(
             f"{', '.join(bare)}: there is no calibration prompt; connect SSR Prompts to SSR Add LoRA. Or set steps "

@@ -12,6 +12,8 @@ from .circumstances import Circumstances
 from .prompt import without_text
 from .runs import Kind, Run
 
+FEW = 4  # prompts of a LoRA: of fewer, what is learnt is these more than the LoRA
+
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
@@ -54,6 +56,13 @@ class Stats:
             text=None if self.text is None else self.text.without(task),
             collections=tuple(one.without(task) for one in self.collections),
         )
+
+    @property
+    def with_few_prompts(self) -> list[str]:
+        """Names of LoRAs that were heard on fewer prompts than tell what they are for."""
+        runs = [one for one in self.collections if one.sampling["steps"]]
+        counts = [sum(one.counts[task] for one in runs) for task in range(len(self.loras))]
+        return [name for name, count in zip(self.calibration.names, counts, strict=True) if 0 < count < FEW]
 
     @property
     def model(self) -> str:

@@ -27,7 +27,7 @@ from ...ssr_core.files.lora_file import to_state_dict
 from ..calibrating.memory import size
 from ..calibrating.progress import show_steps
 from ..calibrating.runs import Run
-from ..calibrating.stats import Stats
+from ..calibrating.stats import FEW, Stats
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_task
 from ..reading.task import Task
@@ -37,7 +37,6 @@ from .points import Lesson, record, steps_of
 from .training import in_training
 
 NAME = "SSR Polish"
-FEW = 4  # prompts of a LoRA: of fewer, what is learnt is these more than the LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +96,7 @@ def polish(
         )
     seconds = time.perf_counter() - started
     labels = tuple(case.label([one.task.name for one in loras]) for case in lesson.cases)
-    warnings = _with_few_prompts(runs)
+    warnings = _warnings(stats)
     report = "\n".join([_report(distilled, lesson, need, labels, settings, seconds), *warnings])
     tell("\n".join([report.splitlines()[0], *warnings]))
     return Polished(_replaced(lora, merged.updates, distilled, settings), report, distilled.history, labels)
@@ -149,12 +148,8 @@ def _runs(model: Any, stats: Stats, before: Any) -> list[tuple[Run, Mapping[str,
     return [(run, one.latent) for one in stats.sampled for run in one.runs]
 
 
-def _with_few_prompts(runs: Sequence[tuple[Run, Mapping[str, Any]]]) -> list[str]:
-    counts: dict[str, int] = {}
-    for run, _ in runs:
-        if len(run.case.case.speakers) == 1:
-            counts[run.case.name] = counts.get(run.case.name, 0) + len(run.prompts)
-    if few := [name for name, count in counts.items() if count < FEW]:
+def _warnings(stats: Stats) -> list[str]:
+    if few := stats.with_few_prompts:
         return [
             f"Few prompts: {', '.join(few)}. What was learnt is these prompts, and on others it may be worse than "
             f"before, a style above all. Give {FEW} to 8 that differ, or compare with SSR Compare on others."

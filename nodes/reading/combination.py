@@ -11,7 +11,7 @@ from ...ssr_core import Case, LoraError, SSRError
 from .task import Task
 
 ALL, NONE = "all", "none"
-SYNTAX = f"Write numbers or names, such as 1, 3, or {ALL}, or {NONE} for prompts where no LoRA should speak"
+SYNTAX = f"Write numbers or names, such as 1+2, or {ALL}, or {NONE} for prompts where no LoRA should speak"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,8 @@ class Combination:
 
     which: str  # "1, 3", names, "all" or "none"
     conditioning: list[Any]  # ComfyUI's CONDITIONING; every entry is one calibration prompt
+    where: str = "SSR Add Combination"  # how errors call the place where it was written
+    numbers: tuple[int, ...] = ()  # that the LoRAs have there; empty: 1, 2, 3 and so on
 
     def case(self, names: Sequence[str]) -> Case:
         """Who speaks, by number.
@@ -30,17 +32,34 @@ class Combination:
         word = self.which.strip().lower()
         if word == NONE:
             return Case(())
-        speakers = list(range(len(names))) if word == ALL else [_number(part, names) for part in _parts(self.which)]
+        speakers = list(range(len(names))) if word == ALL else [self._task(part, names) for part in _parts(self.which)]
         if not speakers:
-            raise SSRError(f"A combination does not say which LoRAs it is of. {SYNTAX}.")
+            raise SSRError(f"{self.where}: a combination does not say which LoRAs it is of. {SYNTAX}.")
         if twice := [names[task] for task in dict.fromkeys(speakers) if speakers.count(task) > 1]:
-            raise SSRError(f"The combination {self.which!r} names {twice[0]} twice; name each LoRA once.")
+            raise SSRError(f"{self.where}: {self.which!r} names {twice[0]} twice; name each LoRA once.")
         if len(speakers) == 1:
             raise SSRError(
-                f"The combination {self.which!r} is of one LoRA, {names[speakers[0]]}, and one is of two or more. "
-                "Prompts for one LoRA belong to where it is added."
+                f"{self.where}: {self.which!r} is of one LoRA, {names[speakers[0]]}, and a combination is of two or "
+                "more. Prompts for one LoRA belong to where it is added."
             )
         return Case(tuple(sorted(speakers)))
+
+    def _task(self, part: str, names: Sequence[str]) -> int:
+        """Of the LoRA that a number, a name or an unmistakable part of one stands for."""
+        numbers = self.numbers or tuple(range(1, len(names) + 1))
+        listed = ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True))
+        if part.isdigit():
+            if int(part) in numbers:
+                return numbers.index(int(part))
+            raise SSRError(f"{self.where}: there is no LoRA {part} to combine; there are {listed}. {SYNTAX}.")
+        wanted = part.casefold()
+        exact = [task for task, name in enumerate(names) if name.casefold() == wanted]
+        found = exact or [task for task, name in enumerate(names) if wanted in name.casefold()]
+        if len(found) != 1:
+            meant = ", ".join(str(numbers[task]) for task in found)
+            said = f"may be any of {meant}" if found else "stands for none"
+            raise SSRError(f"{self.where}: {part!r} {said} of the LoRAs to combine, {listed}. {SYNTAX}.")
+        return found[0]
 
 
 def parted(tasks: Iterable[Task | Combination]) -> tuple[tuple[Task, ...], tuple[Combination, ...]]:
@@ -71,7 +90,7 @@ def without_off(
     kept = [number for number in range(len(tasks)) if number not in off]
     speakers = [(one, one.case(names).speakers) for one in asked]
     again = tuple(
-        replace(one, which=", ".join(str(kept.index(task) + 1) for task in who) or NONE)
+        replace(one, which=", ".join(str(kept.index(task) + 1) for task in who) or NONE, numbers=())
         for one, who in speakers
         if not {*who} & {*off}
     )
@@ -91,8 +110,8 @@ def read_lines(text: str, where: str) -> Iterator[tuple[str, list[str]]]:
     for line in (line.strip() for line in text.splitlines()):
         if not line:
             continue
-        which, colon, prompt = (part.strip() for part in line.partition(":"))
-        if not (which and colon and prompt):
+        which, prompt = (part.strip() for part in [*re.split("[:：]", line, maxsplit=1), ""][:2])
+        if not (which and prompt):
             raise SSRError(
                 f"{where}: {line!r} is no combination. Write which LoRAs, a colon and a prompt that asks for them, "
                 f"as in 1+3: the cat on a beach, sepia style. {NONE}: stands before prompts where none should speak."
@@ -102,23 +121,4 @@ def read_lines(text: str, where: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _parts(which: str) -> list[str]:
-    return [part.strip() for part in re.split(r"[,;+\n]", which) if part.strip()]
-
-
-def _number(part: str, names: Sequence[str]) -> int:
-    """Of the LoRA that a number, a name or an unmistakable part of one stands for."""
-    if part.isdigit():
-        if 1 <= int(part) <= len(names):
-            return int(part) - 1
-        raise SSRError(f"There is no LoRA {part} to combine; there are {_listed(names)}. {SYNTAX}.")
-    wanted = part.casefold()
-    exact = [task for task, name in enumerate(names) if name.casefold() == wanted]
-    found = exact or [task for task, name in enumerate(names) if wanted in name.casefold()]
-    if len(found) != 1:
-        said = "stands for none" if not found else f"may be any of {', '.join(str(task + 1) for task in found)}"
-        raise SSRError(f"{part!r} {said} of the LoRAs to combine, {_listed(names)}. {SYNTAX}.")
-    return found[0]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
+    return [part.strip() for part in re.split(r"[,;+\n，；＋、]", which) if part.strip()]

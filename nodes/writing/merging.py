@@ -14,7 +14,7 @@ from ...ssr_core import split as core_split
 from ..calibrating.circumstances import listed_pairs
 from ..calibrating.memory import check_result, result_bytes
 from ..calibrating.metadata import of_part, with_settings
-from ..calibrating.stats import Stats
+from ..calibrating.stats import FEW, Stats
 from ..calibrating.text_encoder import merge_text, summed, text_settings, with_common_names
 from ..reading.network import GENERIC
 from ..reading.task import is_off
@@ -42,7 +42,20 @@ def solve(stats: Stats, settings: MergeSettings) -> tuple[LoraModel, str]:
     report = merged.report.with_notes(*off, *_notes(on, merged.report, settings.rules), *_text_notes(text))
     tensors = _tensors(on, settings.rules, merged, text, range(len(on.loras)))
     told = [one if task in left else 0.0 for task, one in enumerate(given)]
-    return LoraModel(tensors, with_settings(stats.provenance, settings, report, told)), str(report)
+    return LoraModel(tensors, with_settings(stats.provenance, settings, report, told)), _told(report, on)
+
+
+def _told(report: Report, stats: Stats) -> str:
+    """The report; below its two sentences, what makes them say less than they seem to."""
+    few = stats.with_few_prompts
+    if not few:
+        return str(report)
+    summary, _, details = str(report).partition("\n\n")
+    caution = (
+        f"Few prompts: {', '.join(few)}. What is told here is of these prompts, and on others much less may be kept. "
+        f"Give {FEW} to 8 that differ."
+    )
+    return f"{summary}\n{caution}\n\n{details}"
 
 
 def _chosen(values: tuple[float, ...] | None, left: Sequence[int]) -> tuple[float, ...] | None:

@@ -222,5 +222,5 @@ def apart(names: Sequence[str], cases: Sequence[Case], most: int = 3) -> str:
     listed = ", ".join(pairs[:most]) + (", ..." if len(pairs) > most else "")
     return (
         f"Never heard together: {listed}. A prompt that asks for both may get only one of them, or neither in "
-        "full. Give prompts that ask for both with SSR Add Combination, and collect again."
+        "full. Give prompts that ask for both (SSR Add Combination, or `combinations`), and collect again."
     )

@@ -60,6 +60,11 @@ class Summary:
 
     def _next(self) -> str:
         """The first thing that is worth doing."""
+        if len(self.names) == 1:
+            return (
+                f"Next: there is only {self.names[0]}, and nothing to merge it with. Connect `tasks` of each SSR Add "
+                "LoRA to the next one."
+            )
         if self.alike:
             return self.alike[0].advice(self.names)
         if self.coverage < FEW_LEVELS:
@@ -75,8 +80,8 @@ class Summary:
         if pair := next(unheard(self.cases, len(self.names)), None):
             both = " and ".join(self.names[task] for task in pair)
             return (
-                f"Next: if you want {both} in one picture, add prompts that ask for both (SSR Add Combination) and "
-                "collect again; else look at it with SSR Compare."
+                f"Next: if you want {both} in one picture, add prompts that ask for both (SSR Add Combination, or "
+                "`combinations`) and collect again; else look at it with SSR Compare."
             )
         if self.made:
             return "Next: look at it with SSR Compare on prompts of your own, and save it with SSR Save LoRA."

@@ -47,7 +47,7 @@ def chosen(*names, prompts=PROMPTS, strengths=(1.0, 0.6)):
 
 def quick(model, clip, steps=3, **inputs):
     given = {"model": model, "clip": clip, "latent": empty_latent(), "steps": steps}
-    return execute(node("quick_merge.SSRQuickMerge"), **given, **inputs)
+    return execute(node("quick_merge.SSRQuickMerge"), **given | inputs)[:4]
 
 
 def chain(model, clip, **references):
@@ -100,6 +100,37 @@ def test_places_without_a_lora_are_passed_over_with_their_prompts(model, clip, f
     assert "2 LoRAs" in report and "house" in report
 
 
+def test_numbers_of_combinations_are_those_of_the_inputs_be_some_left_out(model, clip, files):
+    inputs = chosen("cat.safetensors", "None", "house.safetensors", prompts=(*PROMPTS, "x"), strengths=(1, 1, 1))
+    inputs["prompts_3"] = PROMPTS[1]
+    report = quick(model, clip, steps=1, **inputs, combinations="1+3: a cat, a house")[3]
+    assert "\ncat + house" in report
+    core = importlib.import_module("ssr_pack.ssr_core")
+    where = r"SSR Quick Merge: combinations: there is no LoRA 2 to combine; there are 1 cat, 3 house"
+    with pytest.raises(core.SSRError, match=where):
+        quick(model, clip, steps=1, **inputs, combinations="1+2: a cat, a house")
+
+
+def test_its_loras_go_on_to_ssr_compare_with_their_prompts(model, clip, files):
+    given = {"model": model, "clip": clip, "latent": empty_latent(), "steps": 1, "combinations": "1，2：a cat, a house"}
+    inputs = chosen("cat.safetensors", "house.safetensors")
+    *_, tasks = execute(node("quick_merge.SSRQuickMerge"), **given, **inputs)
+    scenes = importlib.import_module("ssr_pack.nodes.pictures.rendering").scenes_of("", tasks)
+    assert [(scene.label, scene.speakers) for scene in scenes] == [
+        ("a cat", (0,)),
+        ("a house", (1,)),
+        ("a cat, a house", (0, 1)),
+    ]
+
+
+def test_few_prompts_are_warned_of_below_what_they_seem_to_say(model, clip, files):
+    summary = quick(model, clip, steps=1, **chosen("cat.safetensors", "house.safetensors"))[3].partition("\n\n")[0]
+    assert summary.splitlines()[-1].startswith("Few prompts: cat, house.")
+    many = "\n".join(f"a cat {n}" for n in range(4)), "\n".join(f"a house {n}" for n in range(4))
+    report = quick(model, clip, steps=1, **chosen("cat.safetensors", "house.safetensors", prompts=many))[3]
+    assert "Few prompts" not in report
+
+
 def test_a_stack_of_another_pack_takes_the_place_of_the_pickers(model, clip, files):
     stack = [("cat.safetensors", 1.0, 1.0), ("None", 1.0, 1.0), ("house.safetensors", 0.6, 0.6)]
     prompts = {"prompts_1": PROMPTS[0], "prompts_2": PROMPTS[1], "lora_1": "None", "lora_2": "None"}
@@ -118,6 +149,17 @@ def test_a_stack_of_another_pack_takes_the_place_of_the_pickers(model, clip, fil
         ),
         (lambda: chosen("cat.safetensors"), "only cat is chosen; choose a second"),
         (lambda: chosen("cat.safetensors", "cat.safetensors"), r"lora_1 and lora_2 are the same file, cat\.safe"),
+        (
+            lambda: chosen("cat.safetensors", "house.safetensors") | {"steps": 0, "polish": 5},
+            "polish learns on what was sampled, and with 0 steps",
+        ),
+        (
+            lambda: (
+                chosen("cat.safetensors", "house.safetensors", prompts=("a cat", ""))
+                | {"references": {"samples": torch.zeros(1, 16, 8, 8)}}
+            ),
+            "prompts_2, for house: write what shall be done to the pictures",
+        ),
         (lambda: chosen("gone.safetensors"), r"no LoRA file 'gone\.safetensors'"),
         (
             lambda: chosen("cat.safetensors") | {"lora_stack": [("house.safetensors", 1, 1)]},

@@ -134,6 +134,21 @@ def test_one_prompt_is_said_of_every_picture_of_a_batch():
     assert pictures_and_texts(found) == [([0], "sepia"), ([1], "sepia")]
 
 
+def test_prompts_without_a_picture_beside_others_with_one_are_warned_of():
+    clip, batch = tiny_clip(torch.float32), torch.ones(1, 16, 4, 4)
+    task = importlib.import_module("ssr_pack.nodes.reading.task").Task
+    module = importlib.import_module("ssr_pack.nodes.calibrating.case_prompts")
+    seeing, blind = (
+        execute(node("prompts.SSRPrompts"), clip=clip, text="sepia", **given)[0]
+        for given in ({"references": {"samples": batch}}, {})
+    )
+    said = module.without_pictures(module.cases_of([task("a", {}, 1.0, seeing), task("b", {}, 1.0, blind)], (), 0))
+    assert said.startswith("No input picture at the prompts of b,") and "`references` of SSR Prompts" in said
+    for same in (seeing, blind):
+        cases = module.cases_of([task("a", {}, 1.0, same), task("b", {}, 1.0, same)], (), 0)
+        assert not module.without_pictures(cases)
+
+
 def test_a_picture_comes_behind_those_that_a_prompt_has():
     clip, first, second = tiny_clip(torch.float32), torch.zeros(1, 16, 4, 4), torch.ones(1, 16, 4, 4)
     (found,) = execute(node("prompts.SSRPrompts"), clip=clip, text="sepia", references={"samples": first})

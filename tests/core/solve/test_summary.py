@@ -46,6 +46,11 @@ def test_of_many_loras_the_mean_and_the_least_are_told():
     assert "90 % of the LoRAs on average, at least 80 % (b)" in kept
 
 
+def test_of_one_lora_it_is_said_how_the_others_get_there():
+    following = str(Summary(("cat",), (Case((0,)),), (0.0,), (0.0,))).splitlines()[1]
+    assert following.startswith("Next: there is only cat, and nothing to merge it with. Connect `tasks`")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
