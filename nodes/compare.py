@@ -55,6 +55,12 @@ class SSRCompare(io.ComfyNode):
                     optional=True,
                     tooltip="As in KSampler; without it, the empty prompt. Counts if cfg is not 1.",
                 ),
+                io.Latent.Input(
+                    "references",
+                    optional=True,
+                    tooltip="For edit models: input pictures, VAE-encoded, one for each line of prompts in turn. "
+                    "Calibration prompts bring their own.",
+                ),
                 io.Int.Input(
                     "cell",
                     default=256,
@@ -97,13 +103,14 @@ class SSRCompare(io.ComfyNode):
         scheduler: str,
         negative: list[Any] | None = None,
         cell: int = 256,
+        references: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         tasks, asked = parted(tasks)
         if not tasks:
             raise LoraError("SSR Compare: there is no LoRA to compare; add some with SSR Add LoRA.")
         if clip is None or vae is None:
             raise LoraError("SSR Compare: this checkpoint brings no text encoder or no VAE; connect loaders of them.")
-        scenes = scenes_of(prompts, (*tasks, *asked))
+        scenes = scenes_of(prompts, (*tasks, *asked), references)
         how = Rendering(seed, steps, cfg, sampler_name, scheduler)
         tell = lambda text: say(cls, text)  # noqa: E731
         drawn = compare(model, clip, vae, tasks, lora, scenes, negative, latent, how, tell)

@@ -126,8 +126,8 @@ def edit_loras() -> list[Group]:
     start = note(
         "Start here",
         "Several **edit LoRAs**, or an edit and a character, become one for an edit model. Calibration prompts need "
-        "input pictures: *references* of SSR Prompts. One here for all; a batch (Batch Images, then VAE Encode) gives "
-        "each prompt its own, which is better.",
+        "input pictures: *references* of SSR Prompts. One here for all; a batch (Batch Images, then VAE Encode, only "
+        "to SSR Prompts) gives each prompt its own, which is better. One prompt and a batch is fine, too.",
         "For Flux2 and Qwen-Image-Edit use their loaders. For Qwen encode prompts with TextEncodeQwenImageEditPlus, "
         "join them with Conditioning (Combine) and connect that to SSR Add LoRA.",
     )

@@ -73,7 +73,8 @@ def first_steps(
     )
     start = note(
         "Start here",
-        "1. Choose an SDXL checkpoint (for another family use that family's loaders; nothing else changes).",
+        "1. Choose an SDXL checkpoint. Red frames go when all files are chosen. (For another family use its "
+        "loaders, and its latent, sampler, cfg and negative prompt in **SSR Quick Merge** and KSampler.)",
         "2. In **SSR Quick Merge** choose two to four LoRAs and write a few prompts for each, **with its trigger "
         "words**: `anna1 woman in a garden`, `anna1 woman, close-up, rain`. Left empty, some are proposed from what "
         "the files tell.",

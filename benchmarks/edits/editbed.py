@@ -84,9 +84,14 @@ class EditBed(Testbed):
         """Each of them by itself: what several do together is judged by pictures."""
         return [(name,) for name in names]
 
+    def prompts(self, ask: Ask, held_out: bool) -> list[Any]:
+        if len(ask) == 1:
+            return super().prompts(ask, held_out)
+        return requests_for(ask, scenes_in(HELD_OUT_PLACES, 7)[:4] if held_out else scenes_in(CALIBRATION_PLACES, 9))
+
     def combinations(self, names: Sequence[str], prompts: int = 4) -> list[Any]:
         """All of them at once."""
-        requests = requests_for(names, scenes_in(CALIBRATION_PLACES, 9)[:prompts])
+        requests = self.prompts(tuple(names), False)[:prompts]
         return [host.nodes.combination.Combination("all", self.conditioning(requests))]
 
     def latents(self, pictures: Sequence[edits.Picture]) -> Tensor:

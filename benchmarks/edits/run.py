@@ -22,11 +22,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fid
 
 import editbed  # noqa: E402
 import edits  # noqa: E402
+import host  # noqa: E402
 import merges  # noqa: E402
 import torch  # noqa: E402
 import world  # noqa: E402
 from editbed import EditBed, Judge, Verdict  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
+from testbed import Deltas, dense  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 SETS = {"local": edits.LOCAL, "whole": edits.WHOLE}
@@ -40,7 +42,7 @@ SHOWN = (
     "paper",
     "ours",
     "ours, own lines",
-    "ours, polished 100",
+    "own lines, polished 100",
 )
 LABEL = 130  # pixels for the names of the ways
 
@@ -55,7 +57,11 @@ def measure(
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     drawn = {"one after the other": judge.serial}
     row("each LoRA in turn", judge.verdict(judge.serial), judge.verdict(judge.serial), 0.0)
-    ways = {**merges.without_calibration(bed, names), **merges.calibrated(bed, names, steps, prompts, polish)}
+    ways = {
+        **merges.without_calibration(bed, names),
+        **merges.calibrated(bed, names, steps, prompts, polish),
+        **own_lines_polished(bed, names, steps, prompts, polish),
+    }
     del ways["NP-LoRA"]  # the plain stack, as there is no style
     for way, deltas in ways.items():
         drawn[way] = bed.edited(requests, seen, deltas)
@@ -66,6 +72,18 @@ def measure(
         pictures.mkdir(parents=True, exist_ok=True)
         shown = {"before": seen, **{way: latents for way, latents in drawn.items() if way in SHOWN}}
         sheet(bed, shown).save(pictures / f"{'-'.join(names)}.png")
+
+
+def own_lines_polished(
+    bed: EditBed, names: Sequence[str], steps: int, prompts: int, amounts: Sequence[int]
+) -> dict[str, Deltas]:
+    """The merge with prompts that ask for all of them, after SSR Polish."""
+    asked = bed.combinations(names)
+    tasks = [bed.task(name, prompts) for name in names]
+    loaded = [bed.loaded(task) for task in tasks]
+    start = host.ssr_core.merge(host.collect(bed.patcher, tasks, loaded, steps, asked)).updates
+    found = host.polish(bed.patcher, tasks, loaded, steps, [(start, amounts)], asked)
+    return {f"own lines, polished {amount}": dense(one) for amount, one in zip(amounts, found, strict=True)}
 
 
 def row(way: str, at_once: Verdict, in_turn: Verdict, alone: float) -> None:

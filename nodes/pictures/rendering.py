@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...ssr_core import SSRError
-from ..calibrating.prompt import PROMPT, encode
+from ..calibrating.prompt import PROMPT, encode, with_reference
 from ..calibrating.sampling import fitting
 from ..calibrating.text_encoder import encode_anew
 from ..reading.combination import Combination
@@ -40,18 +40,25 @@ class Scene:
     label: str
     conditioning: list[Any] | None = None  # None: the label is the prompt
     speakers: tuple[int, ...] | None = None  # the LoRAs that it asks for, by number; None: not known
+    picture: Tensor | None = None  # for an edit model, where the label is the prompt
 
     def encoded(self, clip: Any) -> list[Any]:
         """CONDITIONING as this text encoder reads the prompt, with all that other nodes did to it."""
         if self.conditioning is None:
-            return encode(clip, self.label)
+            written = encode(clip, self.label)
+            return written if self.picture is None else with_reference(written, self.picture)
         return [encode_anew(clip, entry) for entry in self.conditioning]
 
 
-def scenes_of(text: str, tasks: Sequence[Task | Combination]) -> list[Scene]:
+def scenes_of(
+    text: str, tasks: Sequence[Task | Combination], references: Mapping[str, Any] | None = None
+) -> list[Scene]:
     """One per line; without any, the first calibration prompt of each LoRA and combination.
 
     A line may begin with the numbers of the LoRAs that it asks for, as in "1+3: the cat on a beach, sepia style".
+
+    Args:
+        references: LATENT of pictures for an edit model, one for each line in turn.
 
     Raises:
         SSRError: there is none either, or a line is of a LoRA that is not there.
@@ -59,6 +66,9 @@ def scenes_of(text: str, tasks: Sequence[Task | Combination]) -> list[Scene]:
     names = [task.name for task in tasks if isinstance(task, Task)]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     scenes = [_written(line, names) for line in lines]
+    if references is not None:
+        pictures = references["samples"].split(1)
+        scenes = [replace(scene, picture=pictures[row % len(pictures)]) for row, scene in enumerate(scenes)]
     scenes = scenes or [_first(number, task, names) for number, task in enumerate(tasks) if task.conditioning]
     if not scenes:
         raise SSRError("There is no prompt to compare with; write one per line.")

@@ -55,8 +55,8 @@ def references() -> io.Latent.Input:
     return io.Latent.Input(
         "references",
         optional=True,
-        tooltip="For edit models: input pictures, VAE-encoded, one for each prompt in turn; of prompts and pictures, "
-        "the fewer come again. Set Reference Latent gives the same to all.",
+        tooltip="For edit models: input pictures, VAE-encoded, of any size. Each prompt gets one, in turn; the shorter "
+        "of both lists starts over, so one prompt and three pictures make three.",
     )
 
 

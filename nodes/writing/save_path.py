@@ -19,9 +19,9 @@ def next_path(folder: str, prefix: str, otherwise: str) -> Path:
         SSRError: the prefix leads out of that folder, or is longer than file systems take.
         Exception: ComfyUI's own, if it leads out of the output folder all the same, by a link.
     """
-    inside, name, counter, _, _ = folder_paths.get_save_image_path(
-        f"{folder}/{_below(prefix, folder) or otherwise}", folder_paths.get_output_directory()
-    )
+    chosen = _below(prefix.removesuffix(".safetensors"), folder) or otherwise
+    where = folder_paths.get_output_directory()
+    inside, name, counter, _, _ = folder_paths.get_save_image_path(f"{folder}/{chosen}", where)
     return Path(inside) / f"{name}_{counter:05}_.safetensors"
 
 

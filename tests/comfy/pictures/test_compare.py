@@ -116,6 +116,14 @@ def test_prompts_of_unknown_text_are_shown_as_they_are(made):
     assert torch.equal(scene.encoded(made[1])[0][0], conditioning(3)[0][0])
 
 
+def test_written_prompts_get_pictures_for_an_edit_model_in_turn(made):
+    rendering = importlib.import_module("ssr_pack.nodes.pictures.rendering")
+    pictures = torch.arange(2.0)[:, None, None, None].expand(2, 16, 4, 4)
+    scenes = rendering.scenes_of("sepia\na hat\n1: both", made[2], {"samples": pictures})
+    entries = [scene.encoded(made[1]) for scene in scenes]
+    assert [int(options["reference_latents"][0].mean()) for ((_, options),) in entries] == [0, 1, 0]
+
+
 def test_without_any_prompt_there_is_nothing_to_compare(made):
     core = importlib.import_module("ssr_pack.ssr_core")
     model, clip, tasks, lora = made

@@ -1,5 +1,6 @@
 """SSR Save LoRA in a real ComfyUI: whatever name a workflow asks for, one file appears below output/loras or none."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -83,3 +84,8 @@ def test_saving_never_replaces_a_file(output):
     os.remove(output / "loras" / names[0])
     names.append(save("x"))
     assert len(set(names[1:])) == 3 and len(files(output)) == 3
+
+
+def test_an_ending_that_a_person_writes_is_not_there_twice(output):
+    file = importlib.import_module("ssr_pack.nodes.writing.save_path").next_path("loras", "my merge.safetensors", "x")
+    assert file.name == "my merge_00001_.safetensors"
