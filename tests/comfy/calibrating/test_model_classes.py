@@ -129,7 +129,7 @@ def test_quick_merge_runs_with_its_defaults_and_leaves_the_model_as_it_was(name,
     inputs = {"lora_stack": [(f"{file}.safetensors", 1.0, 1.0) for file in NAMES]}
     inputs |= {"prompts_1": "a cat\na cat at night", "prompts_2": "a house\na house at night", "steps": STEPS}
     quick = {"model": model, "clip": reader_for(ALL[name]), "latent": ALL[name].latent()}
-    merged, _, lora, report = execute(node("quick_merge.SSRQuickMerge"), **quick, **inputs)
+    merged, _, _, report, _ = execute(node("quick_merge.SSRQuickMerge"), **quick, **inputs)
     assert hooks(model) == 0
     assert torch.equal(sample(name, model), before)
     assert relative(sample(name, merged), before) > 1e-3
