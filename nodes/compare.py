@@ -16,6 +16,7 @@ from .reading.combination import Combination, parted
 from .reading.task import Task
 from .schema import inputs
 from .schema.sockets import ADVANCED, LoraModelSocket, SSRSheet, SSRTasks, ending_said, say, schema
+from .writing.lora_model import check_base
 
 
 class SSRCompare(io.ComfyNode):
@@ -110,6 +111,7 @@ class SSRCompare(io.ComfyNode):
             raise LoraError("SSR Compare: there is no LoRA to compare; add some with SSR Add LoRA.")
         if clip is None or vae is None:
             raise LoraError("SSR Compare: this checkpoint brings no text encoder or no VAE; connect loaders of them.")
+        check_base(lora, model, "SSR Compare")
         scenes = scenes_of(prompts, (*tasks, *asked), references)
         how = Rendering(seed, steps, cfg, sampler_name, scheduler)
         tell = lambda text: say(cls, text)  # noqa: E731

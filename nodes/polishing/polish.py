@@ -31,7 +31,7 @@ from ..calibrating.stats import FEW, Stats
 from ..reading.loaded_lora import LoadedLora
 from ..reading.patches import read_task
 from ..reading.task import Task
-from ..writing.lora_model import LoraModel
+from ..writing.lora_model import LoraModel, check_base
 from .memory import look_for, needed, room_for_points
 from .points import Lesson, record, steps_of
 from .training import in_training
@@ -66,10 +66,11 @@ def polish(
 
     Raises:
         StatisticsError: statistics from a file, or of another model.
-        LoraError: a merge of other LoRAs.
+        LoraError: a merge of other LoRAs, or a model that has it on already.
         SSRError: too little memory, or a model that passes no gradient.
     """
     started = time.perf_counter()
+    check_base(lora, model, NAME)
     loras = _at_strengths_of(lora, stats)
     runs = _runs(model, stats, before)
     merged = read_task(Task("the merge", lora, 1.0, []), model).model

@@ -93,6 +93,15 @@ def load_into(state: Mapping[str, Tensor], model: Any, clip: Any, strength: floa
     return model, clip
 
 
+def check_base(state: Mapping[str, Tensor], model: Any, where: str) -> None:
+    """Raise LoraError if `model`, which should be the base, has this LORA_MODEL on it already; names `where`."""
+    own = {tensor.data_ptr() for tensor in state.values() if tensor.numel()}
+    adapters = (patch[1] for patches in model.patches.values() for patch in patches)
+    weights = (weight for adapter in adapters for weight in getattr(adapter, "weights", ()))
+    if any(isinstance(weight, Tensor) and weight.data_ptr() in own for weight in weights):
+        raise LoraError(f"{where}: this model has the merge on it already; connect the base model, from before it.")
+
+
 def _check_sizes(patches: Mapping[Any, Any], network: Network, encoder: Network | None) -> None:
     """ComfyUI only logs what is of another size, and leaves the weight as it is."""
     misfits = []

@@ -161,6 +161,14 @@ def test_of_a_batch_and_of_a_video_one_picture_is_shown(made, pack):
     assert picture.picture_of(frames).getpixel((0, 0)) == (102, 102, 102)
 
 
+def test_a_model_that_has_the_merge_on_it_is_no_base_to_compare_with(made):
+    model, clip, tasks, lora = made
+    on = execute(node("apply.SSRApply"), model=model, clip=clip, lora=lora, strength=1.0)[0]
+    core = importlib.import_module("ssr_pack.ssr_core")
+    with pytest.raises(core.LoraError, match="SSR Compare: this model has the merge on it already"):
+        compare((on, clip, tasks, lora))
+
+
 def test_a_merge_of_another_model_is_refused(made):
     core = importlib.import_module("ssr_pack.ssr_core")
     model, clip, tasks, _ = made

@@ -134,6 +134,8 @@ def test_bad_input(model, stats, merged, two, tmp_path):
     others = collect(model, task(two[0], "cat"), task(flux_lora("kohya", rank=2, seed=5), "dog"), steps=1)
     with pytest.raises(ValueError, match="is of cat, dog, and the statistics are of cat, house"):
         polish(model, stats, solve(others)[0])
+    with pytest.raises(ValueError, match="SSR Polish: this model has the merge on it already"):
+        polish(apply(model, merged), stats, merged)
     with pytest.raises(ValueError, match="Flux2"):
         polish(FAMILIES["Flux2"].build(), stats, merged)
     with pytest.raises(ValueError, match="model_before"):
