@@ -21,10 +21,9 @@ import cast  # noqa: E402
 import couples  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402, F401  (puts ComfyUI on the path)
-from training import diffusion, lora, storage  # noqa: E402
+from training import diffusion, lora  # noqa: E402
 from training.autoencoder import keeper  # noqa: E402
 from training.captions import stray_words  # noqa: E402
-from training.optimization import optimize  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "couples"
 BASE = "base"
@@ -49,33 +48,19 @@ def teach_base(steps: int, batch: int) -> None:
     model = diffusion.base_model()
     words, rng = stray_words(1500), random.Random(6)
     course = diffusion.Lesson.on(couples.ordinary(3000, seed=1), lambda couple: wordings(couple, words, rng))
-    model.requires_grad_(True)
-    matrices = [p for name, p in model.named_parameters() if diffusion.is_matrix_of_block(name, p)]
     keep = keeper(f"{BASE}.unfinished", model, folder=FOLDER, steps=steps)
-    optimize("base", list(model.parameters()), lambda: course.loss(model, batch), steps, 1.5e-3, keep, matrices)
+    diffusion.fit(model, lambda: course.loss(model, batch), steps, 1.5e-3, keep)
     (FOLDER / f"{BASE}.unfinished.safetensors").rename(FOLDER / f"{BASE}.safetensors")
-
-
-def base_model() -> torch.nn.Module:
-    model = diffusion.new_model()
-    model.load_state_dict(storage.load(BASE, FOLDER))
-    return model.requires_grad_(False)
 
 
 def teach_lora(name: str, steps: int, batch: int) -> None:
     recipe = lora.Recipe(name, CHARACTERS[name], 8, lora.native_file, lambda _: iter(()), steps, 30)
     torch.manual_seed(recipe.seed)
-    model = base_model()
+    model = diffusion.base_model(BASE, FOLDER)
     scenes = couples.of_character(recipe.trigger, seed=7)
     course = diffusion.Lesson.on(scenes, lambda couple: [couple.caption])
-    adapters = lora.adapters_for(model, recipe.rank, recipe.layers)
-    parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
     last: dict = {}
-
-    def keep(values) -> None:
-        last.update(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
-
-    optimize(name, parameters, lambda: course.loss(model, batch), steps, 4e-3, keep)
+    lora.fit(model, recipe, lambda: course.loss(model, batch), last.update)
     lora.save_lora(recipe, last, FOLDER)
 
 

@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ import world  # noqa: E402
 from testbed import CALIBRATION_PLACES, HELD_OUT_PLACES, LATENT, Ask, Deltas, Subject, Testbed  # noqa: E402
 from torch import Tensor  # noqa: E402
 from train_edits import FOLDER, METHOD, velocity_of  # noqa: E402
-from training import storage  # noqa: E402
-from training.autoencoder import latents_of  # noqa: E402
-from training.latents import PatchComponents  # noqa: E402
+from training.autoencoder import latents_of, pixels_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class EditBed(Testbed):
             for seed, (name, edit) in enumerate(edits.EDITS.items())
         }
         super().__init__(FOLDER, subjects)
-        self.space = PatchComponents(**storage.load("components"))
 
     def entries(self, prompt: Any) -> list[Any]:
         seen = self.patcher.model.process_latent_out(self.latents([prompt.picture]))
@@ -96,14 +94,13 @@ class EditBed(Testbed):
 
     def latents(self, pictures: Sequence[edits.Picture]) -> Tensor:
         """(n, 16, 16, 16)"""
-        return latents_of(torch.stack([torch.from_numpy(p.paint().copy()) for p in pictures]).permute(0, 3, 1, 2))
+        return torch.cat([_latent(picture) for picture in pictures])
 
     def edited(self, requests: Sequence[Request], seen: Tensor, deltas: Deltas) -> Tensor:
         """Latents of what the model with `deltas` makes of pictures `seen` (n, 16, 16, 16) instead of their own."""
-        tokens, pooled, _ = self.told(requests)
         noise = torch.randn(len(seen), *LATENT, generator=torch.Generator().manual_seed(1001))
         with self.patched(deltas):
-            return self.follow((tokens, pooled, seen), noise)[0][-1]
+            return self.follow((*super().told(requests), seen), noise)[0][-1]
 
     def one_after_the_other(self, names: Sequence[str], scenes: Sequence[world.Scene], deltas: Deltas | None) -> Tensor:
         """What is left when each edit was made of what the one before it left: by `deltas`, or by each LoRA alone."""
@@ -112,6 +109,11 @@ class EditBed(Testbed):
             plain = [Request(edits.EDITS[name].texts(scene.subject)[0], edits.Picture(scene)) for scene in scenes]
             seen = self.edited(plain, seen, self.alone(name) if deltas is None else deltas)
         return seen
+
+
+@cache
+def _latent(picture: edits.Picture) -> Tensor:
+    return latents_of(pixels_of([picture]))
 
 
 @dataclass(frozen=True)

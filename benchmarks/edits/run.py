@@ -22,13 +22,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fid
 
 import editbed  # noqa: E402
 import edits  # noqa: E402
-import host  # noqa: E402
 import merges  # noqa: E402
 import torch  # noqa: E402
 import world  # noqa: E402
 from editbed import EditBed, Judge, Verdict  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
-from testbed import Deltas, dense  # noqa: E402
+from testbed import Deltas  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 SETS = {"local": edits.LOCAL, "whole": edits.WHOLE}
@@ -56,7 +55,8 @@ def measure(
     print(f"\n{' + '.join(names)}, {len(scenes)} pictures, {steps}x{prompts}\n")
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     drawn = {"one after the other": judge.serial}
-    row("each LoRA in turn", judge.verdict(judge.serial), judge.verdict(judge.serial), 0.0)
+    serial = judge.verdict(judge.serial)
+    row("each LoRA in turn", serial, serial, 0.0)
     ways = {
         **merges.without_calibration(bed, names),
         **merges.calibrated(bed, names, steps, prompts, polish),
@@ -78,12 +78,8 @@ def own_lines_polished(
     bed: EditBed, names: Sequence[str], steps: int, prompts: int, amounts: Sequence[int]
 ) -> dict[str, Deltas]:
     """The merge with prompts that ask for all of them, after SSR Polish."""
-    asked = bed.combinations(names)
-    tasks = [bed.task(name, prompts) for name in names]
-    loaded = [bed.loaded(task) for task in tasks]
-    start = host.ssr_core.merge(host.collect(bed.patcher, tasks, loaded, steps, asked)).updates
-    found = host.polish(bed.patcher, tasks, loaded, steps, [(start, amounts)], asked)
-    return {f"own lines, polished {amount}": dense(one) for amount, one in zip(amounts, found, strict=True)}
+    starts = {"own lines": (merges.statistics(bed, names, steps, prompts, own=4), None, amounts)}
+    return merges.taught(bed, names, steps, prompts, starts, bed.combinations(names))
 
 
 def row(way: str, at_once: Verdict, in_turn: Verdict, alone: float) -> None:

@@ -23,10 +23,9 @@ import torch  # noqa: E402
 import training  # noqa: E402, F401  (puts ComfyUI on the path)
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
-from training import diffusion, lora, storage  # noqa: E402
+from training import diffusion, lora  # noqa: E402
 from training.autoencoder import keeper, latents_of, pixels_of  # noqa: E402
 from training.captions import Captions, stray_words  # noqa: E402
-from training.optimization import optimize  # noqa: E402
 
 FOLDER = ROOT / ".cache" / "edits"
 BASE = "base"
@@ -68,43 +67,20 @@ def velocity_of(model: nn.Module, x: Tensor, sigma: Tensor, tokens: Tensor, pool
 
 
 def teach_base(steps: int, batch: int) -> None:
-    model = diffusion.new_model()
-    model.load_state_dict(storage.load("tiny_flux"))
+    model = diffusion.base_model()
     course = Lesson.on(list(edits.of_base(6000, stray_words(1500), seed=1)))
-    model.requires_grad_(True)
-    matrices = [p for name, p in model.named_parameters() if diffusion.is_matrix_of_block(name, p)]
     keep = keeper(f"{BASE}.unfinished", model, folder=FOLDER, steps=steps)
-    optimize(
-        "base",
-        list(model.parameters()),
-        lambda: course.loss(model, batch, torch.bfloat16),
-        steps,
-        1.5e-3,
-        keep,
-        matrices,
-    )
+    diffusion.fit(model, lambda: course.loss(model, batch, torch.bfloat16), steps, 1.5e-3, keep)
     (FOLDER / f"{BASE}.unfinished.safetensors").rename(FOLDER / f"{BASE}.safetensors")
-
-
-def base_model() -> nn.Module:
-    model = diffusion.new_model()
-    model.load_state_dict(storage.load(BASE, FOLDER))
-    return model.requires_grad_(False)
 
 
 def teach_lora(name: str, steps: int, batch: int, seed: int) -> None:
     recipe = lora.Recipe(name, edits.EDITS[name].wordings[0], 8, lora.native_file, lambda _: iter(()), steps, seed)
     torch.manual_seed(seed)
-    model = base_model()
+    model = diffusion.base_model(BASE, FOLDER)
     course = Lesson.on(list(edits.of_lora(name, 400, seed=7)))
-    adapters = lora.adapters_for(model, recipe.rank, recipe.layers)
-    parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
     last: dict = {}
-
-    def keep(values: Sequence[Tensor]) -> None:
-        last.update(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
-
-    optimize(name, parameters, lambda: course.loss(model, batch, torch.bfloat16), steps, 4e-3, keep)
+    lora.fit(model, recipe, lambda: course.loss(model, batch, torch.bfloat16), last.update)
     lora.save_lora(recipe, last, FOLDER)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import host
@@ -62,12 +62,30 @@ def polished(
     bed: Testbed, names: Sequence[str], steps: int, prompts: int, ours: Any, size: Any, amounts: Sequence[int]
 ) -> dict[str, Deltas]:
     """The defaults after SSR Polish, at the size of one LoRA, and whole at the middle one of the amounts."""
+    middle = sorted(amounts)[len(amounts) // 2]
+    starts = {"size of one": (ours, size, amounts), "ours": (ours, None, (middle,))}
+    return taught(bed, names, steps, prompts, starts)
+
+
+def taught(
+    bed: Testbed,
+    names: Sequence[str],
+    steps: int,
+    prompts: int,
+    starts: Mapping[str, tuple[Any, Any, Sequence[int]]],
+    asked: Sequence[Any] = (),
+) -> dict[str, Deltas]:
+    """Merges after SSR Polish, by "<name>, polished <steps>".
+
+    Args:
+        starts: of each name the statistics, the settings of the merge, and for how many steps it is polished.
+        asked: combinations, with prompts of their own.
+    """
     tasks = [bed.task(name, prompts) for name in names]
     loaded = [bed.loaded(task) for task in tasks]
-    merge, middle = host.ssr_core.merge, sorted(amounts)[len(amounts) // 2]
-    starts = [(merge(ours, size).updates, amounts), (merge(ours).updates, (middle,))]
-    ways = [*(f"size of one, polished {amount}" for amount in amounts), f"ours, polished {middle}"]
-    found = host.polish(bed.patcher, tasks, loaded, steps, starts)
+    ways = [f"{name}, polished {amount}" for name, (_, _, amounts) in starts.items() for amount in amounts]
+    merges = [(host.ssr_core.merge(seen, how).updates, amounts) for seen, how, amounts in starts.values()]
+    found = host.polish(bed.patcher, tasks, loaded, steps, merges, asked)
     return {way: dense(updates) for way, updates in zip(ways, found, strict=True)}
 
 

@@ -106,7 +106,7 @@ class Testbed:
         self._references: dict[Ask, Reference] = {}
         self._loras: dict[str, Any] = {}
         self._alone: dict[str, Deltas] = {}
-        self._to_pixels = torch.linalg.pinv(PatchComponents(**storage.load("components")).components)
+        self.space = PatchComponents(**storage.load("components"))
 
     @classmethod
     def of_width(cls, width: int) -> Testbed:
@@ -265,7 +265,8 @@ class Testbed:
         if not images:
             return velocity, float("nan")
         drawn = self.walk(prompts, noise)[0][-1]
-        return velocity, float(self.pixels(drawn - reference.images).square().mean()) / reference.image_scale
+        difference = self.space.decode(drawn) - self.space.decode(reference.images)
+        return velocity, float(difference.square().mean()) / reference.image_scale
 
     @torch.no_grad()
     def _velocity(self, x: Tensor, sigma: Tensor, *told: Tensor) -> Tensor:
@@ -276,10 +277,6 @@ class Testbed:
         """What the model as it is makes of noisy latents (n, ...)."""
         tokens, pooled = told
         return self.model(x, sigma, tokens, y=pooled)
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        """(n, 16, 16, 16) -> (n, 16, 16, 192) linear, so differences of latents become differences of pixels."""
-        return latents.permute(0, 2, 3, 1) @ self._to_pixels
 
 
 def dense(updates: Mapping[Any, Any]) -> Deltas:

@@ -41,9 +41,7 @@ def config(width: int) -> dict:
 
 
 def base_model(width: int) -> nn.Module:
-    model = diffusion.new_model(config(width))
-    model.load_state_dict(storage.load(BASE, folder_of(width)))
-    return model.requires_grad_(False)
+    return diffusion.base_model(BASE, folder_of(width), config(width))
 
 
 def train_base(width: int, steps: int, batch: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.flux.model
@@ -61,10 +62,10 @@ def new_model(config: dict[str, Any] = CONFIG) -> nn.Module:
     return model
 
 
-def base_model() -> nn.Module:
-    """The trained model, frozen."""
-    model = new_model()
-    model.load_state_dict(storage.load("tiny_flux"))
+def base_model(name: str = "tiny_flux", folder: Path = storage.ASSETS, config: dict[str, Any] = CONFIG) -> nn.Module:
+    """A trained model, frozen."""
+    model = new_model(config)
+    model.load_state_dict(storage.load(name, folder))
     return model.requires_grad_(False)
 
 
@@ -110,9 +111,13 @@ def teach(
     """Teaches all weights of `model` to draw `scenes`, with products in `dtype`."""
     words, rng = stray_words(1500), random.Random(6)
     course = Lesson.on(list(scenes), lambda scene: wordings_with_strays(scene, words, rng))
+    fit(model, lambda: course.loss(model, batch, dtype), steps, rate, checkpoint)
+
+
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float, checkpoint: Checkpoint) -> None:
+    """`teach` of any loss."""
     model.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if is_matrix_of_block(name, p)]
-    loss = lambda: course.loss(model, batch, dtype)  # noqa: E731
     optimize("base", list(model.parameters()), loss, steps, rate, checkpoint, matrices)
 
 

@@ -109,6 +109,13 @@ def teach_lora(model: nn.Module, recipe: Recipe, batch: int, keep: Callable[[dic
     """Trains adapters on a frozen `model`; `keep` gets an average of their factors from time to time."""
     torch.manual_seed(recipe.seed)
     course = Lesson.on(world.sample(recipe.scenes(recipe.trigger), 600, seed=7), wordings)
+    fit(model, recipe, lambda: course.loss(model, batch), keep)
+
+
+def fit(
+    model: nn.Module, recipe: Recipe, loss: Callable[[], Tensor], keep: Callable[[dict[str, Factors]], None]
+) -> None:
+    """`teach_lora` of any loss; of a recipe its scenes and its seed are not looked at."""
     adapters = adapters_for(model, recipe.rank, recipe.layers)
     parameters = [p for adapter in adapters.values() for p in (adapter.down, adapter.up)]
 
@@ -116,7 +123,7 @@ def teach_lora(model: nn.Module, recipe: Recipe, batch: int, keep: Callable[[dic
         keep(dict(zip(adapters, zip(values[::2], values[1::2], strict=True), strict=True)))
 
     # AdamW alone, as most people's LoRAs are trained: Muon's have no small singular values, which is not what one meets
-    optimize(recipe.file, parameters, lambda: course.loss(model, batch), recipe.steps, 4e-3, checkpoint)
+    optimize(recipe.file, parameters, loss, recipe.steps, 4e-3, checkpoint)
 
 
 def save_lora(recipe: Recipe, factors: dict[str, Factors], folder: Path = storage.ASSETS) -> None:
